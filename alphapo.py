@@ -4,16 +4,16 @@
     reward   r(y|x) = (1 - p^-alpha) / alpha      with log p = (1/|y|) sum_t log pi(y_t | x, y_<t)
     loss     -log sigmoid(beta * (r(chosen) - r(rejected)) - gamma)
 
-alpha = 0 is SimPO, where r = log p. A larger alpha presses harder on responses that are already unlikely, and so
-decides how far training lets the probability of the chosen response fall (likelihood displacement).
+alpha = 0 is SimPO, where r = log p. A larger alpha presses harder on responses that are already unlikely, and
+so decides how far training lets the probability of the chosen response fall (likelihood displacement).
 
-    python alphapo.py                                            # the model and pairs in data/, minutes on a CPU
-    python alphapo.py --model mistral-7b-instruct --alpha 0.25   # a preset: model, data and settings of the paper
+    python alphapo.py                                            # the model and pairs in data/, on any CPU
+    python alphapo.py --model mistral-7b-instruct --alpha 0.25   # a preset: model, data and settings
     python alphapo.py --model FOLDER --data PAIRS.jsonl --learning-rate 1e-6
     python alphapo.py --help
 
-From top to bottom: the loss, log-probabilities, data, model, optimizer, training loop, command line. Each part
-uses only what stands above it, and the loss needs nothing but torch: copy it.
+From top to bottom: the loss, log-probabilities, data, model, optimizer, training loop, command line. Each
+part uses only what stands above it, and the loss needs nothing but torch: copy it.
 
 AlphaPO: arXiv 2501.03884 (Gupta et al., 2025). SimPO: arXiv 2405.14734 (Meng et al., 2024).
 """
@@ -33,15 +33,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm  # transformers brings it
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
-)
+from tqdm import tqdm  # comes with transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-# ------------------------------------------------------------------------------------------------ the loss
+# -------------------------------------------------------------------------------- the loss
 
 
 def alphapo_reward(logps: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -52,8 +47,8 @@ def alphapo_reward(logps: torch.Tensor, alpha: float) -> torch.Tensor:
         alpha: shape of the reward; 0 gives log p itself, SimPO's reward and the limit from both sides.
 
     Returns:
-        Rewards in float64, same shape. Where -alpha * logps > 709, beyond float64, they are -inf and carry no
-        gradient: a pair whose rejected response lies there is done (loss 0), any other gives inf or nan.
+        Rewards in float64, same shape. Where -alpha * logps > 709, beyond float64, they are -inf without a
+        gradient: a pair with its rejected response there is done (loss 0), any other gives inf or nan.
     """
     logps = logps.double()
     if alpha == 0:
@@ -69,11 +64,11 @@ def alphapo_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The AlphaPO loss, -log sigmoid(m) with m = beta * (r(chosen) - r(rejected)) - gamma (arXiv 2501.03884).
 
-    Its gradient with respect to chosen_logps is -sigmoid(-m) * beta * exp(-alpha * chosen_logps); with respect to
-    rejected_logps it is +sigmoid(-m) * beta * exp(-alpha * rejected_logps). Hence, for logps below 0, the limits:
+    Its gradient is -sigmoid(-m) * beta * exp(-alpha * chosen_logps) with respect to chosen_logps, and
+    sigmoid(-m) * beta * exp(-alpha * rejected_logps) with respect to rejected_logps. Hence, for logps < 0:
     alpha -> -inf drives both to zero; so does alpha -> +inf where the chosen response is the likelier, for
-    sigmoid(-m) vanishes faster than the power grows. Where it is not, sigmoid(-m) stays at sigmoid(gamma) or
-    above, and both grow without bound, as exp(alpha * |logps|): this is why alpha is small in practice.
+    sigmoid(-m) vanishes faster than the power grows. Where it is not, sigmoid(-m) is sigmoid(gamma) or more,
+    and both grow without bound, as exp(alpha * |logps|): this is why alpha is small in practice.
 
     Args:
         chosen_logps, rejected_logps: mean log-probability per token (nats) of the responses, (pairs,) each.
@@ -82,8 +77,8 @@ def alphapo_loss(
         gamma: target margin between the scaled rewards: the margin itself, not SimPO's ratio gamma/beta.
 
     Returns:
-        (losses, chosen_rewards, rejected_rewards), one value a pair, in the dtype of chosen_logps. The rewards
-        are multiplied by beta and carry no gradient.
+        (losses, chosen_rewards, rejected_rewards), one value a pair, in the dtype of chosen_logps; rewards are
+        multiplied by beta and carry no gradient.
 
     Raises:
         ValueError: the shapes differ, and would broadcast to a loss over pairs that are none.
@@ -100,7 +95,7 @@ def alphapo_loss(
     return losses.to(dtype), chosen_rewards.detach().to(dtype), rejected_rewards.detach().to(dtype)
 
 
-# ------------------------------------------------------------------------------------------------ log-probabilities
+# -------------------------------------------------------------------------------- log-probabilities
 
 
 @dataclass
@@ -108,7 +103,7 @@ class Rows:
     """A micro-batch of pairs as padded token rows, and the positions that predict its response tokens."""
 
     input_ids: torch.Tensor  # (rows, time)
-    position_ids: torch.Tensor  # (rows, time); the rejected response starts again where the chosen one did
+    position_ids: torch.Tensor  # (rows, time): the rejected response starts again where the chosen one did
     segments: torch.Tensor  # (rows, time): 0 prompt, 1 chosen, 2 rejected, -1 padding
     sources: torch.Tensor  # (tokens,): the position, in the flattened rows, that predicts each response token
     targets: torch.Tensor  # (tokens,): the response tokens, pair by pair, chosen before rejected
@@ -117,11 +112,11 @@ class Rows:
 
 
 def make_rows(pairs, plain=False, device="cpu") -> Rows:
-    """Lay out (prompt, chosen, rejected) token arrays as rows [prompt | chosen | rejected], or as plain rows."""
-    layouts = []  # of each row: its prompt, and the responses that follow by their segment
+    """Lay out (prompt, chosen, rejected) token arrays as rows [prompt | chosen | rejected], or plain rows."""
+    layouts = []  # of each row: its prompt, and the responses that follow, by segment
     for prompt, chosen, rejected in pairs:
-        both = {1: chosen, 2: rejected}
-        layouts += [(prompt, {1: chosen}), (prompt, {2: rejected})] if plain else [(prompt, both)]
+        both = (prompt, {1: chosen, 2: rejected})
+        layouts += [(prompt, {1: chosen}), (prompt, {2: rejected})] if plain else [both]
     width = max(len(prompt) + sum(map(len, responses.values())) for prompt, responses in layouts)
     input_ids, position_ids = np.zeros((2, len(layouts), width), np.int64)
     segments = np.full((len(layouts), width), -1)
@@ -135,21 +130,15 @@ def make_rows(pairs, plain=False, device="cpu") -> Rows:
             position_ids[row, start:end] = len(prompt) + np.arange(len(response))
             # the last token of the prompt predicts the first of both responses
             sources.append(row * width + np.r_[len(prompt) - 1, start : end - 1])
-            targets.append(response)
-    flat = (
-        input_ids,
-        position_ids,
-        segments,
-        np.concatenate(sources),
-        np.concatenate(targets).astype(np.int64),
-    )
+            targets.append(response.astype(np.int64))
+    flat = (input_ids, position_ids, segments, np.concatenate(sources), np.concatenate(targets))
     return Rows(*(torch.from_numpy(x).to(device) for x in flat), [len(x) for x in targets], plain)
 
 
 def attention_masks(config, rows: Rows, dtype):
-    """The masks for shared rows, (rows, 1, time, time), or a dict of them by kind of layer where there are kinds.
+    """The mask of shared rows, (rows, 1, time, time), or a dict of masks by kind of layer if there are kinds.
 
-    A token sees what came before it in the prompt and in its own response, if no further back than the window.
+    A token sees the prompt and its own response, up to itself and no further back than the window.
 
     Raises:
         NotImplementedError: the model has layers that are not attention over a row.
@@ -175,8 +164,8 @@ def attention_masks(config, rows: Rows, dtype):
 class ProjectedLogps(torch.autograd.Function):
     """Log-probabilities of target tokens from hidden states, one chunk of logits at a time.
 
-    The backward pass computes the logits again, so that no more than a chunk of them ever exists. Checkpointed
-    chunks would do it too, slower and with twice the memory: they hold a gradient of the weights for each chunk.
+    The backward pass computes the logits again, so that no more than a chunk of them ever exists. Checkpoints
+    of chunks would do it too, with nearly twice the memory: they hold a gradient of the weights for each chunk.
     """
 
     chunk = 2**24  # logits: 64 MiB; larger ones were no faster
@@ -191,7 +180,7 @@ class ProjectedLogps(torch.autograd.Function):
         """hidden (tokens, width), weight (vocabulary, width), targets (tokens,) -> (tokens,) in float32."""
         ctx.size, ctx.softcap = max(1, ProjectedLogps.chunk // len(weight)), softcap
         normalizers, logps = [], []
-        for h, t in zip(hidden.split(ctx.size), targets.split(ctx.size), strict=True):
+        for h, t in zip(hidden.split(ctx.size), targets.split(ctx.size)):
             logits = ProjectedLogps.logits(h, weight, softcap)
             normalizers.append(logits.logsumexp(1))
             logps.append(logits.gather(1, t[:, None])[:, 0] - normalizers[-1])
@@ -202,8 +191,9 @@ class ProjectedLogps(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, targets, normalizers = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        chunks = (x.split(ctx.size) for x in (hidden, grad_hidden, targets, normalizers, grad))
-        for h, grad_h, t, normalizer, g in zip(*chunks, strict=True):
+        for h, grad_h, t, normalizer, g in zip(
+            *(x.split(ctx.size) for x in (hidden, grad_hidden, targets, normalizers, grad))
+        ):
             logits = ProjectedLogps.logits(h, weight, ctx.softcap)
             slope = 1.0 if ctx.softcap is None else 1.0 - (logits / ctx.softcap) ** 2
             grad_logits = logits.sub_(normalizer[:, None]).exp_().mul_(-g[:, None])  # g * (onehot - softmax)
@@ -214,10 +204,10 @@ class ProjectedLogps(torch.autograd.Function):
 
 
 def pair_logps(model, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean log-probability per token (nats) of the responses: (chosen_logps, rejected_logps), float32, (pairs,).
+    """Mean log-probability per token (nats): (chosen_logps, rejected_logps), float32, (pairs,) each.
 
-    Shared rows go through the decoder under masks of our own, and only the positions that predict a response token
-    are projected onto the vocabulary. Plain rows go through the model's own forward pass.
+    Shared rows go through the decoder under masks of our own, and only the positions that predict a response
+    token are projected onto the vocabulary. Plain rows go through the model's own forward pass.
 
     Raises:
         NotImplementedError: shared rows are not made for this model.
@@ -225,8 +215,8 @@ def pair_logps(model, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     width = rows.input_ids.shape[1]
     if rows.plain:
         keep = width - int((rows.sources % width).min())  # columns of logits, from the first that is needed
-        mask = (rows.segments >= 0).long()
-        output = model(rows.input_ids, attention_mask=mask, use_cache=False, logits_to_keep=keep)
+        real = (rows.segments >= 0).long()
+        output = model(rows.input_ids, attention_mask=real, use_cache=False, logits_to_keep=keep)
         logits = output.logits[rows.sources // width, rows.sources % width - width].float()
         token_logps = logits.gather(1, rows.targets[:, None])[:, 0] - logits.logsumexp(1)
     else:
@@ -253,14 +243,18 @@ def why_plain(model, pair) -> str | None:
     try:
         shared = torch.stack(pair_logps(model, make_rows([pair], device=model.device)))
     except Exception as error:  # what a model does not take, it refuses in a way of its own
-        return str(error).strip().split("\n")[0] or type(error).__name__
+        return first_line(error)
     difference = (shared - plain).abs().max().item()
     return (
-        None if difference <= 1e-4 * max(1.0, plain.abs().max()) else f"they would be off by {difference:.1e}"
+        None if difference <= 1e-4 * max(1.0, plain.abs().max()) else f"it would be off by {difference:.1e}"
     )
 
 
-# ------------------------------------------------------------------------------------------------ data
+def first_line(error):
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+# -------------------------------------------------------------------------------- data
 
 
 class UserError(Exception):
@@ -292,41 +286,31 @@ class Pairs:
 def read_rows(name):
     """Yield (place, row) of a .jsonl or .json file, or of what the datasets library finds under that name.
 
-    Lines are yielded as bytes, so that one that is no JSON can be reported with the other bad rows.
+    Lines are yielded as bytes, so that one that is no JSON is reported with the other bad rows.
     """
-    if name.endswith((".jsonl", ".json")):
-        try:
+    try:
+        if name.endswith((".jsonl", ".json")):
             with open(name, "rb") as file:
                 for number, line in enumerate(file, 1):
                     if number == 1 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-                        items = json.loads(line + file.read())
-                        yield from ((f"{name}: item {i}", item) for i, item in enumerate(items, 1))
+                        items = enumerate(json.loads(line + file.read()), 1)
+                        yield from ((f"{name}: item {i}", item) for i, item in items)
                     elif line.strip():
                         yield f"{name}:{number}", line
-        except OSError as error:
-            raise UserError(f"{name}: {error.strerror}; give a file or the id of a hub data set") from error
-        except ValueError as error:
-            raise UserError(f"{name}: not valid JSON: {error}") from error
-        return
-    try:
+            return
         import datasets
-    except ImportError as error:
-        raise UserError(f"{name}: only .json and .jsonl are read without it: pip install datasets") from error
-    try:
+
+        repository, _, split = name.partition(":")
         if Path(name).is_file():
             rows = datasets.load_dataset(Path(name).suffix[1:], data_files=name, split="train")
         else:
-            repository, _, split = name.partition(":")
             rows = datasets.load_dataset(repository, split=split or "train")
-    except Exception as error:  # the library raises a dozen kinds
-        raise UserError(
-            f"{name}: not loaded: {first_line(error)}; is the name right and the hub reachable?"
-        ) from error
-    yield from ((f"{name}: row {i}", row) for i, row in enumerate(rows, 1))
-
-
-def first_line(error):
-    return str(error).strip().split("\n")[0]
+        yield from ((f"{name}: row {i}", row) for i, row in enumerate(rows, 1))
+    except ImportError as error:
+        raise UserError(f"{name}: anything but .json and .jsonl needs: pip install datasets") from error
+    except Exception as error:  # the datasets library alone raises a dozen kinds
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{name}: not loaded: {reason}; give a file, or a hub id in reach") from error
 
 
 def shared_length(*sequences):
@@ -341,13 +325,11 @@ def messages_of(value, key):
         messages = [{"role": m.get("role"), "content": m.get("content")} for m in value]
         if messages and all(isinstance(text, str) for message in messages for text in message.values()):
             return messages
-    raise ValueError(
-        f'"{key}" must be a text, or a list of messages with "role" and "content", like the others'
-    )
+    raise ValueError(f'"{key}" must be a text like the others, or messages with "role" and "content"')
 
 
 def parse_row(row):
-    """A data row as (prompt, chosen, rejected), texts or messages, where both responses begin with the prompt.
+    """A data row as (prompt, chosen, rejected), texts or messages, both responses beginning with the prompt.
 
     A prompt of None is what two texts have in common.
 
@@ -361,26 +343,20 @@ def parse_row(row):
             raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
         raise ValueError('not an object with "chosen" and "rejected"')
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
-        return (None, chosen, rejected) if prompt is None else (prompt, prompt + chosen, prompt + rejected)
-    sides = [messages_of(chosen, "chosen"), messages_of(rejected, "rejected")]
+    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
+    if isinstance(prompt, str | None) and all(isinstance(side, str) for side in sides):
+        return (prompt, *((prompt or "") + side for side in sides))
+    sides = [messages_of(row[key], key) for key in ("chosen", "rejected")]
     if isinstance(prompt, str) and all(side[0]["role"] == "assistant" for side in sides):
         prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, str | None):  # UltraFeedback's conversations repeat the prompt
+    if isinstance(prompt, str | None):  # UltraFeedback's conversations repeat their prompt
         prompt = sides[0][: min(shared_length(*sides), *(len(side) - 1 for side in sides))]
     else:
         prompt = messages_of(prompt, "prompt")
         sides = [side if side[: len(prompt)] == prompt else prompt + side for side in sides]
-    for side in sides:
-        if (
-            [m["role"] for m in side[len(prompt) :]] != ["assistant"]
-            or not prompt
-            or prompt[-1]["role"] == "assistant"
-        ):
-            raise ValueError(
-                "a conversation must be a prompt that ends with the user and one assistant message"
-            )
+    roles = [[message["role"] for message in side[len(prompt) :]] for side in sides]
+    if not prompt or prompt[-1]["role"] == "assistant" or roles != [["assistant"], ["assistant"]]:
+        raise ValueError("a conversation must be a prompt that ends with the user, and one assistant message")
     return prompt, *sides
 
 
@@ -398,10 +374,10 @@ def end_turn(ids, tokenizer, special):
 
 
 def encode_row(row, tokenizer, special, max_length, max_prompt_length, notes):
-    """Token ids (prompt, chosen, rejected) of a data row, or None for a dropped pair; why is counted in notes.
+    """Token ids (prompt, chosen, rejected) of a data row, or None for a dropped pair; notes count the reasons.
 
-    Prompt and response are tokenized together, for tokenizers merge across the boundary; the prompt is the longest
-    beginning that the tokens of the rendered prompt and of both sequences have in common.
+    Prompt and response are tokenized together, for tokenizers merge across the boundary; the prompt is
+    what the tokens of the rendered prompt and of both sequences have in common at their beginning.
 
     Raises:
         ValueError: the row is malformed, or the chat template refuses it.
@@ -418,9 +394,8 @@ def encode_row(row, tokenizer, special, max_length, max_prompt_length, notes):
             texts = [render(prompt, add_generation_prompt=True), *map(render, sides)]
         except Exception as error:  # jinja's kinds, and Python's
             raise ValueError(f"the chat template refuses it: {first_line(error)}") from error
-    bos = tokenizer.bos_token_id
-    # a template writes BOS itself, or wants none; where both it and the tokenizer wrote one, one goes
-    encoded = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+    # a template writes BOS itself or wants none; where tokenizer and text both wrote one, one goes
+    encoded, bos = tokenizer(texts, add_special_tokens=not chat)["input_ids"], tokenizer.bos_token_id
     encoded = [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded]
     shared = shared_length(*encoded)
     if prompt is None:
@@ -435,13 +410,11 @@ def encode_row(row, tokenizer, special, max_length, max_prompt_length, notes):
         room = max_length - len(prompt)
         notes["pairs with a response truncated"] += max(len(chosen), len(rejected)) > room
         chosen, rejected = chosen[:room], rejected[:room]
-    for reason, holds in (("prompt", not prompt), ("response", not (said and said_too))):
-        if holds:
-            notes[f"pairs dropped for an empty {reason}"] += 1
+    flaws = {"an empty prompt": not prompt, "an empty response": not (said and said_too)}
+    for flaw, found in (flaws | {"equal responses": chosen == rejected}).items():
+        if found:
+            notes[f"pairs dropped for {flaw}"] += 1
             return None
-    if chosen == rejected:
-        notes["pairs dropped for equal responses"] += 1
-        return None
     return prompt, chosen, rejected
 
 
@@ -452,9 +425,8 @@ def load_pairs(name, tokenizer, max_length, max_prompt_length) -> Pairs:
         UserError: it cannot be read, or rows are malformed; the first ten are named as file:line.
     """
     added = tokenizer.added_tokens_decoder.items()
-    special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)} - {
-        tokenizer.unk_token_id
-    }
+    special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+    special.discard(tokenizer.unk_token_id)
     tokens, lengths, places, notes, errors = [], [], [], Counter(), []
     for place, row in tqdm(read_rows(name), desc=f"reading {name}", unit=" rows", leave=False, disable=None):
         try:
@@ -468,32 +440,32 @@ def load_pairs(name, tokenizer, max_length, max_prompt_length) -> Pairs:
         more = f"\n... and {len(errors) - 10} more bad rows" if len(errors) > 10 else ""
         raise UserError("\n".join(errors[:10]) + more)
     if not places:
-        raise UserError(f"{name}: no usable pair: {dict(notes) or 'it is empty'}")
+        raise UserError(
+            f"{name}: no usable pair: {', '.join(f'{n} {what}' for what, n in notes.items()) or 'empty'}"
+        )
     ends = np.cumsum(lengths).reshape(-1, 3)
     return Pairs(np.concatenate(tokens), np.c_[np.r_[0, ends[:-1, 2]], ends], places, notes)
 
 
-# ------------------------------------------------------------------------------------------------ model
+# -------------------------------------------------------------------------------- model
 
+# fmt: off
 DATA = Path(__file__).parent / "data"
 PRESETS = {
     "tiny": dict(
         model=str(DATA / "tiny"), data=str(DATA / "train.jsonl"), eval_data=str(DATA / "eval.jsonl"),
-        alpha=0.25, beta=2.5, gamma=0.1, learning_rate=2e-4, batch_size=32, epochs=2,
-    ),
-    "mistral-7b-instruct": dict(  # AlphaPO table 3, as quoted by TRL's paper index
+        alpha=0.25, beta=2.5, gamma=0.1, learning_rate=2e-4, batch_size=32, epochs=2),
+    "mistral-7b-instruct": dict(  # AlphaPO's table 3, as quoted by TRL's paper index
         model="mistralai/Mistral-7B-Instruct-v0.2", data="princeton-nlp/mistral-instruct-ultrafeedback",
-        alpha=0.25, beta=2.5, gamma=0.1, learning_rate=7e-7,
-    ),
-    "llama-3-8b-instruct": dict(  # SimPO's released v0.2 recipe; alpha carried over
+        alpha=0.25, beta=2.5, gamma=0.1, learning_rate=7e-7),
+    "llama-3-8b-instruct": dict(  # SimPO's released v0.2 recipe, alpha carried over
         model="meta-llama/Meta-Llama-3-8B-Instruct", data="princeton-nlp/llama3-ultrafeedback-armorm",
-        alpha=0.25, beta=10.0, gamma=3.0, learning_rate=1e-6,
-    ),
-    "gemma-2-9b-it": dict(  # SimPO's released recipe; alpha is a starting point of ours
+        alpha=0.25, beta=10.0, gamma=3.0, learning_rate=1e-6),
+    "gemma-2-9b-it": dict(  # SimPO's released recipe, alpha a starting point of ours
         model="google/gemma-2-9b-it", data="princeton-nlp/gemma2-ultrafeedback-armorm",
-        alpha=0.1, beta=10.0, gamma=5.0, learning_rate=8e-7,
-    ),
-}  # fmt: skip
+        alpha=0.1, beta=10.0, gamma=5.0, learning_rate=8e-7),
+}
+# fmt: on
 
 
 def from_hub(load, name, **options):
@@ -503,12 +475,12 @@ def from_hub(load, name, **options):
     except (OSError, ValueError, ImportError) as error:
         remedy = "a model folder holds config.json, tokenizer files and safetensors weights"
         if not Path(name).is_dir():
-            remedy = "it is no folder here, and as a hub id it needs the hub or a cache filled before"
+            remedy = "it is no folder here, and as a hub id it needs the hub, or a cache filled before"
         raise UserError(f"--model {name}: not loaded: {first_line(error)} ({remedy})") from error
 
 
 def load_model(name, device, checkpointing):
-    """A causal language model in float32, with every dropout off: modules, and the numbers that attention reads.
+    """A causal language model in float32, every dropout off: modules, and the numbers that attention reads.
 
     Raises:
         UserError: it cannot be loaded, is no causal language model, or has no safetensors weights.
@@ -538,15 +510,15 @@ def has_bf16(device):
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-# ------------------------------------------------------------------------------------------------ optimizer
+# -------------------------------------------------------------------------------- optimizer
 
 
 class MasterAdamW:
     """AdamW on float32 master weights, whatever the model computes in.
 
-    At a learning rate of 1e-6 an update is a few millionths of a weight, and bfloat16 keeps eight bits: on bfloat16
-    weights nearly every update rounds to nothing. So the float32 weights, as loaded, become the masters, the model
-    gets copies of them in its dtype, and the gradients of a step's micro-batches are summed in float32.
+    At a learning rate of 1e-6 an update is a few millionths of a weight, and bfloat16 keeps eight bits: on
+    bfloat16 weights nearly every update rounds to nothing. So the float32 weights, as loaded, become the
+    masters, the model gets copies in its dtype, and the gradients of a step's micro-batches are summed in float32.
     """
 
     def __init__(self, model, dtype, weight_decay):
@@ -554,14 +526,12 @@ class MasterAdamW:
         self.masters = self.params
         if dtype != torch.float32:
             self.masters = [param.data for param in self.params]
-            for param, master in zip(self.params, self.masters, strict=True):
+            for param, master in zip(self.params, self.masters):
                 param.data = master.to(dtype)
                 param.register_post_accumulate_grad_hook(partial(self.add_gradient, master))
-        groups = [
-            dict(params=[m for m in self.masters if m.ndim > 1], weight_decay=weight_decay),
-            dict(params=[m for m in self.masters if m.ndim <= 1], weight_decay=0.0),
-        ]
-        self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        decayed = dict(params=[m for m in self.masters if m.ndim > 1], weight_decay=weight_decay)
+        others = dict(params=[m for m in self.masters if m.ndim <= 1], weight_decay=0.0)
+        self.adamw = torch.optim.AdamW([decayed, others], betas=(0.9, 0.999), eps=1e-8, fused=True)
 
     @staticmethod
     def add_gradient(master, param):
@@ -581,12 +551,12 @@ class MasterAdamW:
             group["lr"] = learning_rate
         self.adamw.step()
         self.adamw.zero_grad()
-        for param, master in zip(self.params, self.masters, strict=True):
+        for param, master in zip(self.params, self.masters):
             param.data.copy_(master)
         return norm
 
 
-# ------------------------------------------------------------------------------------------------ training loop
+# -------------------------------------------------------------------------------- training loop
 
 
 def knob(default, text):
@@ -595,12 +565,13 @@ def knob(default, text):
 
 @dataclass
 class Config:
-    """Every setting of a run, each a command-line flag of the same name."""
+    """Every setting of a run; each is a command-line flag too."""
 
+    # fmt: off
     model: str = knob("tiny", f"a preset ({', '.join(PRESETS)}), a model folder or a hub id")
     data: str | None = knob(None, "pairs: a .jsonl, .json, .parquet or .csv file, hub-id or hub-id:split")
     eval_data: str | None = knob(None, "held-out pairs, likewise")
-    eval_split: float = knob(0.02, "share of the pairs to hold out where there is no --eval-data")
+    eval_split: float = knob(0.02, "share of pairs to hold out if there is no --eval-data")
     out: str = knob("out", "folder for the aligned model and the figures")
     alpha: float = knob(0.25, "shape of the reward; 0 is SimPO")
     beta: float = knob(2.5, "scale of the reward")
@@ -609,24 +580,19 @@ class Config:
     batch_size: int = knob(128, "pairs an optimizer step")
     epochs: int = knob(1, "passes over the pairs")
     max_steps: int | None = knob(None, "end after so many optimizer steps")
-    warmup_ratio: float = knob(0.1, "share of the steps in which the learning rate rises")
+    warmup_ratio: float = knob(0.1, "share of steps in which the learning rate rises")
     weight_decay: float = knob(0.0, "of matrices")
     max_grad_norm: float = knob(1.0, "clip gradients to this norm")
-    max_length: int = knob(2048, "tokens of a prompt and a response; the response is cut at its end")
-    max_prompt_length: int | None = knob(
-        None, "tokens left of a prompt in a pair too long (max-length - 248)"
-    )
-    micro_tokens: int | None = knob(
-        None, "padded tokens a micro-batch: memory for speed (16384 on cuda, 4096 on cpu)"
-    )
-    gradient_checkpointing: bool | None = knob(
-        None, "compute layers again in the backward pass (on cuda: yes)"
-    )
+    max_length: int = knob(2048, "tokens of a prompt and a response; the response loses its end")
+    max_prompt_length: int | None = knob(None, "tokens left of a prompt if a pair is too long (max-length - 248)")
+    micro_tokens: int | None = knob(None, "padded tokens a micro-batch (16384 on cuda, 4096 on cpu)")
+    gradient_checkpointing: bool | None = knob(None, "recompute layers in the backward pass (on cuda: yes)")
     plain_rows: bool = knob(False, "run prompts twice and use the model's own logits, as other trainers do")
     device: str | None = knob(None, "cuda or cpu (cuda where there is one)")
     dtype: str = knob("auto", "compute in bfloat16 or float32 (auto: bfloat16 where the device has it)")
-    eval_every: int | None = knob(None, "evaluate every so many steps too, not just before and after")
+    eval_every: int | None = knob(None, "evaluate every so many steps too, not just first and last")
     seed: int = knob(42, "of the order of the pairs and the held-out share")
+    # fmt: on
 
 
 def resolve(config: Config) -> Config:
@@ -635,18 +601,18 @@ def resolve(config: Config) -> Config:
     Raises:
         UserError: one is out of range, or two contradict each other.
     """
-    above_zero = "beta learning_rate batch_size epochs max_steps max_grad_norm max_length max_prompt_length"
-    above_zero += " micro_tokens eval_every"
+    positive = "beta learning_rate batch_size epochs max_steps max_grad_norm max_length max_prompt_length"
+    positive += " micro_tokens eval_every"
     for name, value in asdict(config).items():
-        flag = f"--{name.replace('_', '-')} {value}"
+        flag = f"--{name.replace('_', '-')} {value}: must be"
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{flag}: must be a finite number")
-        if name in above_zero.split() and value is not None and value <= 0:
-            raise UserError(f"{flag}: must be above zero")
-        if name in ("gamma", "weight_decay", "seed") and value < 0:
-            raise UserError(f"{flag}: must not be below zero")
-        if name in ("eval_split", "warmup_ratio") and not 0 <= value < 1:
-            raise UserError(f"{flag}: must be at least 0 and below 1")
+            raise UserError(f"{flag} a finite number")
+        if name in positive.split() and value is not None and value <= 0:
+            raise UserError(f"{flag} above 0")
+        if name in ("gamma", "weight_decay", "seed", "eval_split", "warmup_ratio") and value < 0:
+            raise UserError(f"{flag} 0 or more")
+        if name in ("eval_split", "warmup_ratio") and value >= 1:
+            raise UserError(f"{flag} below 1")
     if config.data is None:
         raise UserError("--data is needed: only presets bring their own")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -673,7 +639,7 @@ def resolve(config: Config) -> Config:
 
 
 def micro_batches(pairs, indices, micro_tokens, plain):
-    """Split indices into lists of at most micro_tokens padded tokens, like lengths together, the longest first."""
+    """Split indices into lists of at most micro_tokens padded tokens: like lengths together, longest first."""
     batch = []
     for i in sorted(indices, key=lambda i: -pairs.size(i, plain)):
         if batch and (len(batch) + 1) * pairs.size(batch[0], plain) > micro_tokens:
@@ -683,9 +649,8 @@ def micro_batches(pairs, indices, micro_tokens, plain):
     yield batch
 
 
-METRICS = (
-    "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected"
-)
+METRICS = ["loss", *(f"rewards/{key}" for key in ("chosen", "rejected", "margins", "accuracies"))]
+METRICS += ["logps/chosen", "logps/rejected"]
 
 
 def run_pairs(model, pairs, indices, loss_fn, micro_tokens, plain, train=False):
@@ -698,9 +663,8 @@ def run_pairs(model, pairs, indices, loss_fn, micro_tokens, plain, train=False):
     """
     figures, order = [], []
     for batch in micro_batches(pairs, indices, micro_tokens, plain):
-        rows = make_rows([pairs[i] for i in batch], plain, model.device)
         with torch.set_grad_enabled(train):
-            chosen, rejected = pair_logps(model, rows)
+            chosen, rejected = pair_logps(model, make_rows([pairs[i] for i in batch], plain, model.device))
             losses, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected)
         if train:
             (losses.sum() / len(indices)).backward()
@@ -709,26 +673,18 @@ def run_pairs(model, pairs, indices, loss_fn, micro_tokens, plain, train=False):
         figures.append(torch.stack([column.detach().double() for column in columns]))
         order += batch
     figures = torch.cat(figures, 1).cpu()  # the one time that the device is waited for
-    bad = [pairs.places[i] for i, finite in zip(order, figures[0].isfinite(), strict=True) if not finite]
+    bad = [pairs.places[i] for i, finite in zip(order, figures[0].isfinite()) if not finite]
     if bad:
         raise FloatingPointError(f"the loss is not finite at {', '.join(bad[:10])}")
-    return dict(zip(METRICS.split(), figures.mean(1).tolist(), strict=True))
+    return dict(zip(METRICS, figures.mean(1).tolist()))
 
 
 def learning_rate_at(step, steps, config):
-    """Linear warm-up, then a cosine that reaches zero one step after the last: no step is lost to a rate of zero."""
+    """Linear warm-up, then a cosine that reaches zero one step after the last: no step has a rate of zero."""
     warmup = math.ceil(config.warmup_ratio * steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     return config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-
-def peak_memory(device):
-    """GiB: what was allocated on the GPU, or how large the process has been."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def train(config: Config, loss_fn=None) -> dict:
@@ -736,8 +692,8 @@ def train(config: Config, loss_fn=None) -> dict:
 
     Args:
         config: the settings.
-        loss_fn: (chosen_logps, rejected_logps) -> (losses, chosen_rewards, rejected_rewards), one value a pair, to
-            train with another loss than alphapo_loss with the alpha, beta and gamma of config.
+        loss_fn: (chosen_logps, rejected_logps) -> (losses, chosen_rewards, rejected_rewards), one each a
+            pair, for another loss than alphapo_loss with the alpha, beta and gamma of config.
 
     Raises:
         UserError: settings, data or model are not usable; nothing was written.
@@ -745,13 +701,15 @@ def train(config: Config, loss_fn=None) -> dict:
     """
     config = resolve(config)
     loss_fn = loss_fn or partial(alphapo_loss, alpha=config.alpha, beta=config.beta, gamma=config.gamma)
-    out, limits = Path(config.out), (config.max_length, config.max_prompt_length)
+    out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is not an empty folder; choose another, or delete it")
-    torch.manual_seed(config.seed)
 
     # the data before the model: a bad row should show before minutes of loading
-    tokenizer = from_hub(AutoTokenizer.from_pretrained, config.model)
+    tokenizer, limits = (
+        from_hub(AutoTokenizer.from_pretrained, config.model),
+        (config.max_length, config.max_prompt_length),
+    )
     pairs = eval_pairs = load_pairs(config.data, tokenizer, *limits)
     held_out = 0 if config.eval_data else math.ceil(config.eval_split * len(pairs))
     eval_on, train_on = np.split(np.random.default_rng(config.seed).permutation(len(pairs)), [held_out])
@@ -761,32 +719,28 @@ def train(config: Config, loss_fn=None) -> dict:
     if not len(train_on):
         raise UserError(f"{config.data}: one pair, and --eval-split holds it out: pass --eval-split 0")
     notes = [f"{count} {what}" for what, count in (pairs.notes + eval_pairs.notes).items()]
-    print(
-        f"{len(train_on)} pairs to train on, {len(eval_on)} held out; {', '.join(notes) or 'none dropped or cut'}"
-    )
+    print(f"{len(train_on)} pairs to train on, {len(eval_on)} held out", *notes, sep=", ")
     print("the first pair as the model sees it:")
-    for part, ids in zip(("prompt", "chosen", "rejected"), pairs[0], strict=True):
+    for part, ids in zip(("prompt", "chosen", "rejected"), pairs[0]):
         text = repr(tokenizer.decode(ids))
         print(f"  {part:9}{text if len(text) < 400 else f'{text[:195]} ... {text[-195:]}'}")
 
+    torch.manual_seed(config.seed)
     model = load_model(config.model, config.device, config.gradient_checkpointing)
     if max(pairs.tokens.max(), eval_pairs.tokens.max()) >= model.get_input_embeddings().num_embeddings:
         raise UserError(f"--model {config.model}: its tokenizer has more tokens than its embedding has rows")
     plain, longest = config.plain_rows, max(train_on, key=lambda i: pairs.size(i, False))
     if not plain and (reason := why_plain(model, pairs[longest])):
         plain = True
-        print(f"note: this model's log-probabilities need plain rows ({reason}): slower, and right")
+        print(f"note: falling back to plain rows, for with shared ones {reason}: slower, and right")
     optimizer = MasterAdamW(model, getattr(torch, config.dtype), config.weight_decay)
     run = partial(run_pairs, model, loss_fn=loss_fn, micro_tokens=config.micro_tokens, plain=plain)
     epoch_steps = math.ceil(len(train_on) / config.batch_size)
     steps = min(config.max_steps or math.inf, epoch_steps * config.epochs)
     parameters = sum(param.numel() for param in optimizer.params)
-    print(
-        f"{parameters / 1e6:.1f} M parameters in {config.dtype} on {config.device}, {steps} steps of {config.batch_size} pairs"
-    )
-    print(
-        f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g} (gamma/beta {config.gamma / config.beta:g}), learning rate {config.learning_rate:g}"
-    )
+    print(f"{parameters / 1e6:.1f} M parameters in {config.dtype} on {config.device}")
+    knobs = f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g}"
+    print(f"{knobs} (gamma/beta {config.gamma / config.beta:g}), {steps} steps of {config.batch_size} pairs")
 
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "metrics.jsonl", "w", buffering=1)
@@ -814,81 +768,91 @@ def train(config: Config, loss_fn=None) -> dict:
         seen, tokens, seconds = seen + len(indices), tokens + size, seconds + elapsed
         metrics |= dict(grad_norm=norm, learning_rate=learning_rate, epoch=(step + 1) / epoch_steps)
         log.write(json.dumps({"step": step + 1} | metrics | {"tokens_per_second": size / elapsed}) + "\n")
-        progress.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, accuracy {metrics['rewards/accuracies']:.2f}, "
-            f"margin {metrics['rewards/margins']:.3f}, {size / elapsed:.0f} tokens/s",
-            refresh=False,
-        )
+        loss, accuracy, margin = (metrics[key] for key in ("loss", "rewards/accuracies", "rewards/margins"))
+        line = f"loss {loss:.3f}, accuracy {accuracy:.2f}, margin {margin:.3f}, {size / elapsed:.0f} tokens/s"
+        progress.set_postfix_str(line, refresh=False)
         if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
             evaluate(step + 1)
 
     for param in model.parameters():  # to what is written, so that the last figures are those of the files
         param.data = param.data.bfloat16().to(param.dtype)
-    summary = dict(
-        config=asdict(config),
-        versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__),
-        data_sha256=hashlib.sha256(pairs.tokens.tobytes() + pairs.bounds.tobytes()).hexdigest(),
-        pairs=len(train_on), eval_pairs=len(eval_on), notes=notes, plain_rows=plain, parameters=parameters, steps=steps,
-        before=before, after=evaluate(steps),
-        train_seconds=seconds, pairs_per_second=seen / seconds, tokens_per_second=tokens / seconds,
-        peak_memory_gib=peak_memory(config.device),
-    )  # fmt: skip
+    after = evaluate(steps)
     log.close()
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if config.device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    versions = dict(
+        python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__
+    )
+    digest = hashlib.sha256(pairs.tokens.tobytes() + pairs.bounds.tobytes()).hexdigest()
+    summary = dict(
+        config=asdict(config), versions=versions, data_sha256=digest, notes=notes, parameters=parameters
+    )
+    summary |= dict(
+        plain_rows=plain, pairs=len(train_on), eval_pairs=len(eval_on), steps=steps, seconds=seconds
+    )
+    summary |= dict(pairs_per_second=seen / seconds, tokens_per_second=tokens / seconds, peak_memory_gib=peak)
+    summary |= dict(before=before, after=after)
     save(model, tokenizer, summary, out)
     return summary
 
 
 def table(summary):
-    """The figures before and after training on held-out pairs, as lines of text."""
-    before, after = summary["before"], summary["after"]
-    lines = [f"{'held-out pairs: ' + str(summary['eval_pairs']):38}{'before':>10}{'after':>10}{'change':>10}"]
+    """The figures before and after training on held-out pairs."""
+    lines = [f"{summary['eval_pairs']:5} held-out pairs                   before     after    change"]
     for title, key in (
         ("loss", "loss"),
         ("accuracy of the rewards", "rewards/accuracies"),
         ("margin of the rewards", "rewards/margins"),
-        ("log-probability of chosen, a token", "logps/chosen"),
-        ("log-probability of rejected, a token", "logps/rejected"),
+        ("chosen log-probability a token", "logps/chosen"),
+        ("rejected log-probability a token", "logps/rejected"),
     ):
-        a, b = (figures.get(f"eval_{key}", math.nan) for figures in (before, after))
-        lines.append(f"{title:38}{a:10.4f}{b:10.4f}{b - a:+10.4f}")
-    return lines
+        a, b = (summary[when].get(f"eval_{key}", math.nan) for when in ("before", "after"))
+        lines.append(f"{title:36}{a:10.4f}{b:10.4f}{b - a:+10.4f}")
+    return "\n".join(lines)
 
 
 def save(model, tokenizer, summary, out):
-    """Write model and tokenizer for from_pretrained, the summary, and a model card."""
-    model.save_pretrained(out)
+    """Write the model in bfloat16 and the tokenizer, for from_pretrained, the summary, and a model card."""
+    model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     config = summary["config"]
-    settings = "\n".join(f"| {key} | {value} |" for key, value in config.items())
     (out / "README.md").write_text(
-        "---\nlibrary_name: transformers\ntags: [alphapo, preference-optimization]\n---\n\n"
-        f"# {Path(config['model']).name} aligned with AlphaPO\n\n"
-        f"Trained from {config['model']} on {summary['pairs']} preference pairs of {config['data']} with AlphaPO "
-        "([arXiv 2501.03884](https://arxiv.org/abs/2501.03884)).\n\n"
-        f"```\n{chr(10).join(table(summary))}\n```\n\n| setting | value |\n| --- | --- |\n{settings}\n"
+        f"---\nlibrary_name: transformers\ntags: [alphapo]\n---\n# {Path(config['model']).name}, AlphaPO\n\n"
+        f"{config['model']}, aligned with AlphaPO (arXiv 2501.03884) on {summary['pairs']} preference pairs "
+        f"of {config['data']}.\n\n```\n{table(summary)}\n```\n\n| setting | value |\n| --- | --- |\n"
+        + "".join(f"| {key} | {value} |\n" for key, value in config.items())
     )
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# -------------------------------------------------------------------------------- command line
+
+
+def fail(message, status=2):
+    print(f"alphapo: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
+    parser.error = fail  # in place of three screens of usage
     preset = PRESETS.get(parser.parse_known_args(argv)[0].model, {})
     parser.set_defaults(**preset)
-    (config,) = parser.parse_args_into_dataclasses(argv)
+    config = Config(**vars(parser.parse_args(argv)))
     if preset:
-        own_data = config.data != preset["data"] and config.eval_data == preset.get("eval_data")
-        config = replace(config, model=preset["model"], eval_data=None if own_data else config.eval_data)
+        config.model = preset["model"]
+        if config.data != preset["data"] and config.eval_data == preset.get("eval_data"):
+            config.eval_data = None  # a preset's held-out pairs belong to its own data
     try:
-        summary = train(config)
+        print(table(train(config)))
     except UserError as error:
-        print(f"alphapo: {error}", file=sys.stderr)
-        sys.exit(2)
-    print("\n".join(table(summary)))
+        fail(error)
+    except FloatingPointError as error:
+        fail(error, status=1)
 
 
 if __name__ == "__main__":

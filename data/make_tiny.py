@@ -32,16 +32,21 @@ DATA = Path(__file__).parent
 SEED = 42
 TRAIN_PAIRS, EVAL_PAIRS, RESPONSES = 2000, 300, 5
 SFT_STEPS, SFT_BATCH, SFT_LEARNING_RATE = 1400, 64, 3e-3
-SPOILT, CHATTY = (
-    0.3,
-    0.5,
-)  # shares of the supervised answers with mistakes and with chatter: what alignment is to mend
+SPOILT, CHATTY = 0.3, 0.5  # shares of the supervised answers: what alignment is to mend
 
 ANIMALS = "fox owl bear mouse horse duck goat wolf crab frog sheep tiger zebra whale eagle otter".split()
-THINGS = "table lamp chair spoon clock brush glass ladder bottle mirror candle basket pillow hammer pencil bucket".split()
-OTHERS = "garden river winter music island window market summer forest bridge letter silver planet yellow button cotton".split()
+THINGS = (
+    "table lamp chair spoon clock brush glass ladder bottle mirror candle basket pillow hammer pencil bucket"
+).split()
+OTHERS = (
+    "garden river winter music island window"
+    " market summer forest bridge letter silver planet yellow button cotton"
+).split()
 VERBS = "sleeps sings waits plays hides rests dances jumps swims dreams".split()
-PLACES = "near the river,in the garden,on the hill,under the bridge,by the sea,in the snow,at night,all day,behind the barn"
+PLACES = (
+    "near the river,in the garden,on the hill,under the bridge,by the sea,"
+    "in the snow,at night,all day,behind the barn"
+)
 OPENERS = (
     "Sure, here it is:|Of course, I can do that for you:|Let me think about it. I would say:|"
     "Thank you for the question. The answer is:|That is a good one. Here you go:"
