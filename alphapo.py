@@ -585,7 +585,7 @@ class Config:
     max_grad_norm: float = knob(1.0, "clip gradients to this norm")
     max_length: int = knob(2048, "tokens of a prompt and a response; the response loses its end")
     max_prompt_length: int | None = knob(None, "tokens left of a prompt if a pair is too long (max-length - 248)")
-    micro_tokens: int | None = knob(None, "padded tokens a micro-batch (16384 on cuda, 4096 on cpu)")
+    micro_tokens: int | None = knob(None, "padded tokens a micro-batch (16384 on cuda, 1024 on cpu)")
     gradient_checkpointing: bool | None = knob(None, "recompute layers in the backward pass (on cuda: yes)")
     plain_rows: bool = knob(False, "run prompts twice and use the model's own logits, as other trainers do")
     device: str | None = knob(None, "cuda or cpu (cuda where there is one)")
@@ -633,7 +633,7 @@ def resolve(config: Config) -> Config:
         device=device,
         dtype=("bfloat16" if has_bf16(device) else "float32") if config.dtype == "auto" else config.dtype,
         max_prompt_length=prompt,
-        micro_tokens=config.micro_tokens or (16384 if cuda else 4096),
+        micro_tokens=config.micro_tokens or (16384 if cuda else 1024),
         gradient_checkpointing=cuda if recompute is None else recompute,
     )
 
