@@ -21,6 +21,7 @@ AlphaPO: arXiv 2501.03884 (Gupta et al., 2025). SimPO: arXiv 2405.14734 (Meng et
 import hashlib
 import json
 import math
+import os
 import platform
 import resource
 import sys
@@ -480,11 +481,11 @@ def from_hub(load, name, **options):
         raise UserError(f"--model {name}: not loaded: {first_line(error)} ({remedy})") from error
 
 
-def load_model(name, device, checkpointing):
-    """A causal language model in float32, every dropout off: modules, and the numbers that attention reads.
+def model_config(name):
+    """The config of a causal language model, with every dropout that attention reads as a number off.
 
     Raises:
-        UserError: it cannot be loaded, is no causal language model, or has no safetensors weights.
+        UserError: it cannot be loaded, or is no causal language model.
     """
     config = from_hub(AutoConfig.from_pretrained, name)
     if config.is_encoder_decoder:
@@ -493,14 +494,30 @@ def load_model(name, device, checkpointing):
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
-    options = dict(config=config, dtype=torch.float32, use_safetensors=True)
+    return config
+
+
+def load_model(name, device, checkpointing):
+    """A causal language model in float32 with every dropout off.
+
+    Raises:
+        UserError: it cannot be loaded, is no causal language model, or has no safetensors weights.
+    """
+    options = dict(config=model_config(name), dtype=torch.float32, use_safetensors=True)
     model = from_hub(AutoModelForCausalLM.from_pretrained, name, **options).to(device)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if checkpointing:  # renamed in transformers 5.18
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return model.train(checkpointing)  # layers are recomputed in training mode only
+
+
+def decoder_layers(model):
+    """The model's stack of layers: its longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def has_bf16(device):
@@ -515,46 +532,83 @@ def has_bf16(device):
 
 
 class MasterAdamW:
-    """AdamW on float32 master weights, whatever the model computes in.
+    """AdamW on float32 master weights, whatever the model computes in and wherever the masters live.
 
     At a learning rate of 1e-6 an update is a few millionths of a weight, and bfloat16 keeps eight bits: on
-    bfloat16 weights nearly every update rounds to nothing. So the float32 weights, as loaded, become the
-    masters, the model gets copies in its dtype, and the gradients of a step's micro-batches are summed in float32.
+    bfloat16 weights nearly every update rounds to nothing. So the model computes with copies of the masters,
+    and the gradients of a step's micro-batches are summed in float32. Masters and moments, 12 bytes a
+    parameter, may stay in host memory: of a 7B model that leaves 40 GiB on the GPU in place of 121.
+
+    Args:
+        model: its parameters, in float32 as loaded, become the masters; it gets copies of them in dtype.
+        dtype: what the model computes in.
+        weight_decay: of parameters with two dimensions and more.
+        device: where masters and moments live; None is where the model is.
     """
 
-    def __init__(self, model, dtype, weight_decay):
+    part = 2**28  # parameters updated at a time: a gibibyte of gradients on the host, not all of them
+
+    def __init__(self, model, dtype, weight_decay, device=None):
         self.params = [param for param in model.parameters() if param.requires_grad]
-        self.masters = self.params
-        if dtype != torch.float32:
-            self.masters = [param.data for param in self.params]
-            for param, master in zip(self.params, self.masters):
-                param.data = master.to(dtype)
-                param.register_post_accumulate_grad_hook(partial(self.add_gradient, master))
+        self.device = torch.device(device or self.params[0].device)
+        self.masters, self.sums = self.params, None
+        if dtype != torch.float32 or self.device.type != self.params[0].device.type:
+            self.masters, self.sums = [], [None] * len(self.params)
+            for i, param in enumerate(self.params):
+                self.masters.append(param.data.to(self.device))
+                param.data = param.data.to(dtype)
+                param.register_post_accumulate_grad_hook(partial(self.add_gradient, i))
+        self.parts, size = [], math.inf
+        for i, param in enumerate(self.params):
+            if size + param.numel() > self.part:
+                self.parts.append([])
+                size = 0
+            self.parts[-1].append(i)
+            size += param.numel()
         decayed = dict(params=[m for m in self.masters if m.ndim > 1], weight_decay=weight_decay)
         others = dict(params=[m for m in self.masters if m.ndim <= 1], weight_decay=0.0)
         self.adamw = torch.optim.AdamW([decayed, others], betas=(0.9, 0.999), eps=1e-8, fused=True)
 
-    @staticmethod
-    def add_gradient(master, param):
-        master.grad = param.grad.float() if master.grad is None else master.grad.add_(param.grad)
+    def add_gradient(self, i, param):
+        self.sums[i] = param.grad.float() if self.sums[i] is None else self.sums[i].add_(param.grad)
         param.grad = None
 
+    @torch.no_grad()
     def step(self, learning_rate, max_norm):
         """Clip the summed gradients to max_norm, update the weights, clear the gradients: the norm as it was.
 
         Raises:
             FloatingPointError: the norm is not finite; no weight was changed.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}")
+        grads = self.sums or [param.grad for param in self.params]
+        norm = torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None])
+        if not norm.isfinite():
+            raise FloatingPointError(f"the gradient norm is {norm.item()}")
+        clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
-        self.adamw.step()
-        self.adamw.zero_grad()
-        for param, master in zip(self.params, self.masters):
-            param.data.copy_(master)
-        return norm
+
+        def fetch(part):  # pinned by torch, and copied while the host updates the part before
+            return {
+                i: grads[i].mul_(clip).to(self.device, non_blocking=True)
+                for i in part
+                if grads[i] is not None
+            }
+
+        coming = fetch(self.parts[0])
+        for following in [*self.parts[1:], []]:
+            if self.params[0].is_cuda:
+                torch.cuda.synchronize()
+            part, coming = coming, fetch(following)
+            for i, grad in part.items():
+                self.masters[i].grad = grad
+            self.adamw.step()  # passes over masters without a gradient
+            for i in part:
+                self.masters[i].grad = None
+                if self.sums:
+                    self.params[i].data.copy_(self.masters[i])
+                    self.sums[i] = None
+        return norm.item()
 
 
 # -------------------------------------------------------------------------------- training loop
@@ -591,6 +645,9 @@ class Config:
     plain_rows: bool = knob(False, "run prompts twice and use the model's own logits, as other trainers do")
     device: str | None = knob(None, "cuda or cpu (cuda where there is one)")
     dtype: str = knob("auto", "compute in bfloat16 or float32 (auto: bfloat16 where the device has it)")
+    master_device: str = knob("auto", "float32 masters and moments on cuda or cpu (auto: cuda where they fit)")
+    compile: bool = knob(False, "compile the decoder layers: a minute once, then faster and smaller")
+    plan: bool = knob(False, "say what the run takes, from config and data alone, and stop")
     eval_every: int | None = knob(None, "evaluate every so many steps too, not just first and last")
     seed: int = knob(42, "of the order of the pairs and the held-out share")
     # fmt: on
@@ -621,6 +678,10 @@ def resolve(config: Config) -> Config:
         raise UserError(f"--device {device}: not on this machine; choose cpu, or cuda where torch sees a GPU")
     if config.dtype not in ("auto", "bfloat16", "float32"):
         raise UserError(f"--dtype {config.dtype}: choose auto, bfloat16 or float32")
+    if config.master_device not in ("auto", "cpu", device):
+        raise UserError(
+            f"--master-device {config.master_device}: choose auto, cpu{' or cuda' * (device == 'cuda')}"
+        )
     if config.dtype == "bfloat16" and not has_bf16(device):
         print(f"note: this {device} only emulates bfloat16; --dtype float32 is exact and faster on it")
     prompt = config.max_prompt_length or config.max_length - min(248, config.max_length // 2)
@@ -688,6 +749,181 @@ def learning_rate_at(step, steps, config):
     return config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
+def pair_flops(model, pairs) -> np.ndarray:
+    """Floating-point operations to train on each pair, (pairs,): what is needed, not what a layout repeats.
+
+    Six for each weight and token, the projection counting for response tokens only, and twelve for each layer,
+    attention channel and (query, key) that attends. Recomputation is not counted. Source: PaLM, appendix B.
+    """
+    config, head = model.config.get_text_config(), model.get_output_embeddings().weight
+    tied = head is model.get_input_embeddings().weight
+    body = sum(param.numel() for param in model.parameters()) - head.numel() * (1 if tied else 2)
+    heads = config.num_attention_heads
+    channels = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    prompt, chosen, rejected = np.diff(pairs.bounds).T.astype(float)
+    said = chosen + rejected
+    attended = (prompt**2 + chosen**2 + rejected**2) / 2 + prompt * said
+    return (
+        6 * (body * (prompt + said) + head.numel() * said)
+        + 12 * config.num_hidden_layers * channels * attended
+    )
+
+
+PEAKS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}  # bfloat16, dense
+
+
+def peak_flops(device, dtype) -> tuple[float, str]:
+    """Floating-point operations a second that the device can do, and where the figure is from."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    for key, peak in PEAKS.items():
+        if key in name and dtype == "bfloat16":
+            return peak, f"{key} data sheet"
+    a, best = torch.ones(2048, 2048, device=device, dtype=getattr(torch, dtype)), math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best, "plain matrix product measured here"
+
+
+GIB = 2**30
+
+
+def memory_needed(config, model, longest, plain) -> tuple[dict, dict]:
+    """GiB by kind that a run takes at its peak on its device, and on the host beside a GPU.
+
+    Activations are estimates: the values that a Llama layer keeps for its backward pass.
+    """
+    text, count = model.config.get_text_config(), sum(param.numel() for param in model.parameters())
+    item, tokens = (2 if config.dtype == "bfloat16" else 4), max(config.micro_tokens, longest)
+    tokens = min(tokens, config.batch_size * longest)
+    width, layers = text.hidden_size, text.num_hidden_layers
+    hidden = getattr(text, "intermediate_size", None) or 4 * width
+    layer = tokens * item * (16 * width + 4 * hidden)
+    activations = tokens * item * width * layers + layer if config.gradient_checkpointing else layer * layers
+    logits = 3 * 4 * min(tokens * text.vocab_size, math.inf if plain else ProjectedLogps.chunk)
+    device = dict(weights=item * count, gradients=4 * count, activations=activations)
+    device |= dict(masks=3 * tokens * longest * item, logits=logits + 12 * text.vocab_size * width)
+    host = dict(python=GIB / 2)
+    state = 8 * count + (4 * count if item == 2 or config.master_device != config.device else 0)
+    (host if config.master_device == "cpu" else device)["masters and moments"] = state
+    if config.master_device == "cpu" and config.device == "cuda":
+        host["gradients in passing"] = 3 * 4 * MasterAdamW.part
+    if config.device == "cpu":
+        device, host = device | host, {}
+    return tuple({kind: size / GIB for kind, size in part.items()} for part in (device, host))
+
+
+def memory_there(device):
+    """GiB that are free on a device: of the host's memory, what a container may have."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] / GIB
+    limit, total = Path("/sys/fs/cgroup/memory.max"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    written = limit.read_text().strip() if limit.exists() else ""
+    return min(total, int(written) if written.isdigit() else total) / GIB
+
+
+def make_plan(config, data) -> tuple[Config, dict]:
+    """What a run takes, from the model's config and the data alone; a master_device of "auto" is decided.
+
+    Raises:
+        UserError: it cannot fit; the line says what would.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config(config.model))
+    pairs, train_on = data.pairs, data.train_on
+    longest = max(pairs.size(i, config.plain_rows) // (2 if config.plain_rows else 1) for i in train_on)
+    there = {device: memory_there(device) for device in {config.device, "cpu"}}
+
+    def fits(config):
+        device, host = memory_needed(config, model, longest, config.plain_rows)
+        return sum(device.values()) <= there[config.device] and sum(host.values()) <= there["cpu"]
+
+    if config.master_device == "auto":
+        config = replace(config, master_device=config.device)
+        if not fits(config):
+            config = replace(config, master_device="cpu")
+    device, host = memory_needed(config, model, longest, config.plain_rows)
+    steps = math.ceil(len(train_on) / config.batch_size) * config.epochs
+    steps = min(config.max_steps or steps, steps)
+    share = min(1.0, steps * config.batch_size / (len(train_on) * config.epochs)) * config.epochs
+    peak, source = peak_flops(config.device, config.dtype)
+    flops = pair_flops(model, pairs)[train_on].sum() * share
+    plan = dict(parameters=sum(param.numel() for param in model.parameters()), steps=steps)
+    plan |= dict(tokens=int(np.diff(pairs.bounds)[train_on].sum() * share), device_gib=device, host_gib=host)
+    plan |= dict(hours=flops / (0.4 * peak) / 3600, peak_flops=peak, peak_source=source)
+    if not fits(config):
+        ways = {
+            "--master-device cpu": dict(master_device="cpu"),
+            "--gradient-checkpointing": dict(gradient_checkpointing=True),
+            f"--micro-tokens {longest}": dict(micro_tokens=longest),
+        }
+        remedy, changed = [], config
+        for flag, change in ways.items():
+            if replace(changed, **change) != changed and not fits(changed):
+                remedy, changed = [*remedy, flag], replace(changed, **change)
+        remedy = (
+            " ".join(remedy)
+            if fits(changed)
+            else "a machine with more memory, or more GPUs, or a smaller model"
+        )
+        needs = f"{sum(device.values()):.1f} GiB on {config.device}, of {there[config.device]:.1f}"
+        if host:
+            needs += f", and {sum(host.values()):.1f} GiB on the host, of {there['cpu']:.1f}"
+        raise UserError(f"--model {config.model}: does not fit: it takes {needs}; what would: {remedy}")
+    return config, plan
+
+
+def plan_text(config, plan):
+    lines = [f"{plan['parameters'] / 1e6:.1f} M parameters in {config.dtype} on {config.device}, "]
+    lines[0] += f"{plan['tokens']} tokens in {plan['steps']} steps, about {plan['hours'] * 60:.1f} minutes "
+    lines[0] += f"at 40 % of {plan['peak_flops'] / 1e12:.3g} TFLOP/s ({plan['peak_source']})"
+    for place, sizes in ((config.device, plan["device_gib"]), ("host", plan["host_gib"])):
+        if sizes:
+            parts = ", ".join(f"{kind} {size:.2f}" for kind, size in sizes.items())
+            lines.append(f"memory on {place}: about {sum(sizes.values()):.1f} GiB ({parts})")
+    return "\n".join(lines)
+
+
+@dataclass
+class Data:
+    """The pairs of a run: to train on, and held out."""
+
+    tokenizer: object
+    pairs: Pairs
+    eval_pairs: Pairs
+    train_on: np.ndarray  # (pairs to train on,): indices into pairs
+    eval_on: np.ndarray  # (held-out pairs,): indices into eval_pairs
+    notes: list[str]  # what was dropped or truncated
+
+
+def load_data(config) -> Data:
+    """Read the pairs of a run, all of them, before any weight is loaded: a bad row shows at once."""
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, config.model)
+    limits = config.max_length, config.max_prompt_length
+    pairs = eval_pairs = load_pairs(config.data, tokenizer, *limits)
+    held_out = 0 if config.eval_data else math.ceil(config.eval_split * len(pairs))
+    eval_on, train_on = np.split(np.random.default_rng(config.seed).permutation(len(pairs)), [held_out])
+    if config.eval_data:
+        eval_pairs = load_pairs(config.eval_data, tokenizer, *limits)
+        eval_on = np.arange(len(eval_pairs))
+    if not len(train_on):
+        raise UserError(f"{config.data}: one pair, and --eval-split holds it out: pass --eval-split 0")
+    notes = [f"{count} {what}" for what, count in (pairs.notes + eval_pairs.notes).items()]
+    print(f"{len(train_on)} pairs to train on, {len(eval_on)} held out", *notes, sep=", ")
+    print("the first pair as the model sees it:")
+    for part, ids in zip(("prompt", "chosen", "rejected"), pairs[0]):
+        text = repr(tokenizer.decode(ids))
+        print(f"  {part:9}{text if len(text) < 400 else f'{text[:195]} ... {text[-195:]}'}")
+    return Data(tokenizer, pairs, eval_pairs, train_on, eval_on, notes)
+
+
 def train(config: Config, loss_fn=None) -> dict:
     """Align a model, write it and its figures to config.out, and return the summary.
 
@@ -706,25 +942,16 @@ def train(config: Config, loss_fn=None) -> dict:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is not an empty folder; choose another, or delete it")
 
-    # the data before the model: a bad row should show before minutes of loading
-    tokenizer, limits = (
-        from_hub(AutoTokenizer.from_pretrained, config.model),
-        (config.max_length, config.max_prompt_length),
+    data = load_data(config)
+    config, plan = make_plan(config, data)
+    tokenizer, pairs, eval_pairs, train_on, eval_on = (
+        data.tokenizer,
+        data.pairs,
+        data.eval_pairs,
+        data.train_on,
+        data.eval_on,
     )
-    pairs = eval_pairs = load_pairs(config.data, tokenizer, *limits)
-    held_out = 0 if config.eval_data else math.ceil(config.eval_split * len(pairs))
-    eval_on, train_on = np.split(np.random.default_rng(config.seed).permutation(len(pairs)), [held_out])
-    if config.eval_data:
-        eval_pairs = load_pairs(config.eval_data, tokenizer, *limits)
-        eval_on = np.arange(len(eval_pairs))
-    if not len(train_on):
-        raise UserError(f"{config.data}: one pair, and --eval-split holds it out: pass --eval-split 0")
-    notes = [f"{count} {what}" for what, count in (pairs.notes + eval_pairs.notes).items()]
-    print(f"{len(train_on)} pairs to train on, {len(eval_on)} held out", *notes, sep=", ")
-    print("the first pair as the model sees it:")
-    for part, ids in zip(("prompt", "chosen", "rejected"), pairs[0]):
-        text = repr(tokenizer.decode(ids))
-        print(f"  {part:9}{text if len(text) < 400 else f'{text[:195]} ... {text[-195:]}'}")
+    print(plan_text(config, plan))
 
     torch.manual_seed(config.seed)
     model = load_model(config.model, config.device, config.gradient_checkpointing)
@@ -734,12 +961,12 @@ def train(config: Config, loss_fn=None) -> dict:
     if not plain and (reason := why_plain(model, pairs[longest])):
         plain = True
         print(f"note: falling back to plain rows, for with shared ones {reason}: slower, and right")
-    optimizer = MasterAdamW(model, getattr(torch, config.dtype), config.weight_decay)
+    optimizer = MasterAdamW(model, getattr(torch, config.dtype), config.weight_decay, config.master_device)
+    if config.compile:
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)
     run = partial(run_pairs, model, loss_fn=loss_fn, micro_tokens=config.micro_tokens, plain=plain)
-    epoch_steps = math.ceil(len(train_on) / config.batch_size)
-    steps = min(config.max_steps or math.inf, epoch_steps * config.epochs)
-    parameters = sum(param.numel() for param in optimizer.params)
-    print(f"{parameters / 1e6:.1f} M parameters in {config.dtype} on {config.device}")
+    epoch_steps, steps = math.ceil(len(train_on) / config.batch_size), plan["steps"]
     knobs = f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g}"
     print(f"{knobs} (gamma/beta {config.gamma / config.beta:g}), {steps} steps of {config.batch_size} pairs")
 
@@ -753,7 +980,8 @@ def train(config: Config, loss_fn=None) -> dict:
         log.write(json.dumps({"step": step} | metrics) + "\n")
         return metrics
 
-    before, seen, tokens, seconds = evaluate(0), 0, 0, 0.0
+    before, seen, tokens, seconds, updating, flops = evaluate(0), 0, 0, 0.0, 0.0, 0.0
+    pair_cost = pair_flops(model, pairs)
     progress = tqdm(range(steps), unit="step", mininterval=0.1 if sys.stderr.isatty() else 10)
     for step in progress:
         epoch, batch = divmod(step, epoch_steps)
@@ -762,11 +990,13 @@ def train(config: Config, loss_fn=None) -> dict:
         start, learning_rate = time.perf_counter(), learning_rate_at(step, steps, config)
         try:
             metrics = run(pairs, indices, train=True)
+            middle = time.perf_counter()
             norm = optimizer.step(learning_rate, config.max_grad_norm)
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step + 1}: {error}; lower --learning-rate or --alpha") from error
         elapsed, size = time.perf_counter() - start, sum(pairs.size(i, plain) for i in indices)
         seen, tokens, seconds = seen + len(indices), tokens + size, seconds + elapsed
+        updating, flops = updating + start + elapsed - middle, flops + pair_cost[indices].sum()
         metrics |= dict(grad_norm=norm, learning_rate=learning_rate, epoch=(step + 1) / epoch_steps)
         log.write(json.dumps({"step": step + 1} | metrics | {"tokens_per_second": size / elapsed}) + "\n")
         loss, accuracy, margin = (metrics[key] for key in ("loss", "rewards/accuracies", "rewards/margins"))
@@ -783,35 +1013,36 @@ def train(config: Config, loss_fn=None) -> dict:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     if config.device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
-    versions = dict(
-        python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__
-    )
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    versions |= dict(transformers=transformers.__version__)
     digest = hashlib.sha256(pairs.tokens.tobytes() + pairs.bounds.tobytes()).hexdigest()
-    summary = dict(
-        config=asdict(config), versions=versions, data_sha256=digest, notes=notes, parameters=parameters
-    )
+    summary = dict(config=asdict(config), versions=versions, data_sha256=digest, notes=data.notes, plan=plan)
     summary |= dict(
         plain_rows=plain, pairs=len(train_on), eval_pairs=len(eval_on), steps=steps, seconds=seconds
     )
     summary |= dict(pairs_per_second=seen / seconds, tokens_per_second=tokens / seconds, peak_memory_gib=peak)
-    summary |= dict(before=before, after=after)
+    summary |= dict(flops_per_second=flops / seconds, share_of_peak=flops / seconds / plan["peak_flops"])
+    summary |= dict(optimizer_share=updating / seconds, before=before, after=after)
     save(model, tokenizer, summary, out)
     return summary
 
 
 def table(summary):
-    """The figures before and after training on held-out pairs."""
+    """What the run did to the held-out pairs, where there are any, and how fast it was."""
+    rows = {
+        "loss": "loss",
+        "accuracy of the rewards": "rewards/accuracies",
+        "margin of the rewards": "rewards/margins",
+    }
+    rows |= {f"{side} log-probability a token": f"logps/{side}" for side in ("chosen", "rejected")}
     lines = [f"{summary['eval_pairs']:5} held-out pairs                   before     after    change"]
-    for title, key in (
-        ("loss", "loss"),
-        ("accuracy of the rewards", "rewards/accuracies"),
-        ("margin of the rewards", "rewards/margins"),
-        ("chosen log-probability a token", "logps/chosen"),
-        ("rejected log-probability a token", "logps/rejected"),
-    ):
-        a, b = (summary[when].get(f"eval_{key}", math.nan) for when in ("before", "after"))
+    for title, key in rows.items() if summary["eval_pairs"] else ():
+        a, b = (summary[when][f"eval_{key}"] for when in ("before", "after"))
         lines.append(f"{title:36}{a:10.4f}{b:10.4f}{b - a:+10.4f}")
-    return "\n".join(lines)
+    speed = f"{summary['pairs_per_second']:.2f} pairs/s, {summary['tokens_per_second']:.0f} tokens/s, "
+    speed += f"{summary['flops_per_second'] / 1e12:.3g} TFLOP/s, {summary['share_of_peak']:.0%} of the peak "
+    speed += f"({summary['plan']['peak_source']}), optimizer {summary['optimizer_share']:.0%} of the time, "
+    return "\n".join([*lines, speed + f"peak memory {summary['peak_memory_gib']:.2f} GiB"])
 
 
 def save(model, tokenizer, summary, out):
@@ -849,7 +1080,11 @@ def main(argv=None):
         if config.data != preset["data"] and config.eval_data == preset.get("eval_data"):
             config.eval_data = None  # a preset's held-out pairs belong to its own data
     try:
-        print(table(train(config)))
+        if config.plan:
+            config = resolve(config)
+            print(plan_text(*make_plan(config, load_data(config))))
+        else:
+            print(table(train(config)))
     except UserError as error:
         fail(error)
     except FloatingPointError as error:

@@ -317,12 +317,12 @@ def test_micro_batches_hold_every_index_once_and_keep_to_the_budget():
 # ------------------------------------------------------------------------------------------------ optimizer
 
 
-def train_weights(dtype, learning_rate, steps=20):
+def train_weights(dtype, learning_rate, steps=20, device=None):
     """Twenty steps of a constant gradient, in two micro-batches each: the weights before and after, and masters."""
     torch.manual_seed(0)
     model = torch.nn.Linear(64, 64)
     before, push = model.weight.detach().clone(), torch.randn(64, 64)
-    optimizer = alphapo.MasterAdamW(model, dtype, weight_decay=0.0)
+    optimizer = alphapo.MasterAdamW(model, dtype, 0.0, device)
     for _ in range(steps):
         for _ in range(2):
             (model.weight * push.to(dtype)).sum().backward()
@@ -330,16 +330,36 @@ def train_weights(dtype, learning_rate, steps=20):
     return before, model.weight.detach(), optimizer.masters[0].detach()
 
 
-def test_float32_masters_are_plain_adamw_to_the_bit():
+@pytest.mark.parametrize("part", [1, 2**28])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masters_are_plain_adamw_to_the_bit(dtype, part, monkeypatch):
+    """In float32 the weights, and in bf16 the masters, given the same gradients; a part at a time or all at once."""
+    monkeypatch.setattr(alphapo.MasterAdamW, "part", part)
     torch.manual_seed(0)
     weight = torch.nn.Linear(64, 64).weight
-    push = torch.randn(64, 64)
+    push = torch.randn(64, 64).to(dtype).float()
     adamw = torch.optim.AdamW([weight], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     for _ in range(20):
         weight.grad = 2 * push
         torch.nn.utils.clip_grad_norm_([weight], 1.0)
         adamw.step()
-    assert torch.equal(train_weights(torch.float32, 1e-3)[1], weight)
+    _, ours, master = train_weights(dtype, 1e-3)
+    assert torch.equal(master, weight) and torch.equal(ours, weight.to(dtype))
+
+
+def test_a_whole_model_in_bf16_follows_float32():
+    """Ten steps of the loss: masters of the bf16 run within the rounding of its gradients, 2 % of the way gone."""
+    weights = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, pairs = small_model("llama"), as_pairs(random_pairs(8))
+        start = torch.cat([param.detach().flatten() for param in model.parameters()])
+        optimizer = alphapo.MasterAdamW(model, dtype, 0.0)
+        for _ in range(10):
+            alphapo.run_pairs(model, pairs, range(8), LOSS, 200, plain=False, train=True)
+            optimizer.step(1e-3, 1.0)
+        weights[dtype] = torch.cat([master.detach().flatten() for master in optimizer.masters]) - start
+    exact, rounded = weights.values()
+    assert torch.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.98 and exact.norm() > 0.5
 
 
 def test_masters_move_where_bf16_weights_would_not():
@@ -375,6 +395,74 @@ def test_learning_rate_rises_and_falls_and_no_step_is_lost():
     rates = [alphapo.learning_rate_at(step, 100, config) for step in range(100)]
     assert rates.index(max(rates)) == 10 and max(rates) == 1.0 and 0 < rates[-1] < 1e-3 and 0 < rates[0] < 0.1
     assert alphapo.learning_rate_at(0, 1, config) > 0
+
+
+# ------------------------------------------------------------------------------------------------ plan
+
+
+def test_flops_are_those_that_torch_counts():
+    """Forward and backward passes of one pair against the formula."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, rng = small_model("llama"), np.random.default_rng(0)
+    model.set_attn_implementation("eager")  # of the others torch does not count the attention
+    pairs = as_pairs([tuple(rng.integers(3, 97, size).astype(np.int32) for size in (60, 40, 40))])
+    with FlopCounterMode(display=False) as counter:
+        alphapo.run_pairs(model, pairs, [0], LOSS, 1000, plain=False, train=True)
+    # torch counts every query with every key of the row, the logits of the backward pass, and no embedding
+    row, said, counts = 140, 80, alphapo.pair_flops(model, pairs)[0]
+    attended = (60**2 + 40**2 + 40**2) / 2 + 60 * said
+    counts += 12 * 3 * 32 * (row**2 - attended) + 2 * 97 * 32 * said
+    assert counter.get_total_flops() == pytest.approx(counts, rel=0.01)
+
+
+def plan_of(tmp_path, monkeypatch=None, **settings):
+    config = alphapo.resolve(
+        alphapo.Config(**(alphapo.PRESETS["tiny"] | settings | dict(out=str(tmp_path / "out"))))
+    )
+    return alphapo.make_plan(config, alphapo.load_data(config))
+
+
+def test_the_plan_counts_what_the_run_does(tmp_path):
+    _, plan = plan_of(tmp_path, max_steps=2, batch_size=8)
+    model = alphapo.load_model(str(TINY), "cpu", False)
+    assert plan["parameters"] == sum(param.numel() for param in model.parameters()) and plan["steps"] == 2
+    count = plan["parameters"] / 2**30
+    gib = plan["device_gib"]
+    assert (gib["weights"], gib["gradients"], gib["masters and moments"]) == (4 * count, 4 * count, 8 * count)
+    gib = plan_of(tmp_path, dtype="bfloat16")[1]["device_gib"]
+    assert (gib["weights"], gib["gradients"], gib["masters and moments"]) == (
+        2 * count,
+        4 * count,
+        12 * count,
+    )
+
+
+def test_what_cannot_fit_is_refused_and_told_what_would(tmp_path, monkeypatch):
+    monkeypatch.setattr(alphapo, "memory_there", lambda device: 10**6)
+    need = sum(plan_of(tmp_path)[1]["device_gib"].values())
+    monkeypatch.setattr(alphapo, "memory_there", lambda device: need)
+    with pytest.raises(alphapo.UserError, match="does not fit.*what would: --gradient-checkpointing"):
+        plan_of(tmp_path, micro_tokens=10**4)
+    monkeypatch.setattr(alphapo, "memory_there", lambda device: 0.1)
+    with pytest.raises(alphapo.UserError, match="what would: a machine with more memory"):
+        plan_of(tmp_path)
+
+
+def test_a_7b_model_on_an_80_gb_gpu_keeps_its_masters_on_the_host(monkeypatch):
+    """The arithmetic of the plan alone: no GPU, no weights."""
+    config = AutoConfig.for_model(
+        "mistral", sliding_window=None
+    )  # Mistral-7B is what its config class defaults to
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    settings = alphapo.Config(
+        device="cuda", dtype="bfloat16", micro_tokens=16384, gradient_checkpointing=True
+    )
+    device, host = alphapo.memory_needed(alphapo.replace(settings, master_device="cpu"), model, 3000, False)
+    assert 45 < sum(device.values()) < 60 and 80 < sum(host.values()) < 90
+    device, host = alphapo.memory_needed(alphapo.replace(settings, master_device="cuda"), model, 3000, False)
+    assert sum(device.values()) > 120
 
 
 # ------------------------------------------------------------------------------------------------ data
