@@ -727,7 +727,7 @@ def run_pairs(model, pairs, indices, loss_fn, micro_tokens, plain, train=False):
     for batch in micro_batches(pairs, indices, micro_tokens, plain):
         with torch.set_grad_enabled(train):
             chosen, rejected = pair_logps(model, make_rows([pairs[i] for i in batch], plain, model.device))
-            losses, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected)
+            losses, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected, pairs, batch)
         if train:
             (losses.sum() / len(indices)).backward()
         margins = chosen_rewards - rejected_rewards
@@ -929,15 +929,18 @@ def train(config: Config, loss_fn=None) -> dict:
 
     Args:
         config: the settings.
-        loss_fn: (chosen_logps, rejected_logps) -> (losses, chosen_rewards, rejected_rewards), one each a
-            pair, for another loss than alphapo_loss with the alpha, beta and gamma of config.
+        loss_fn: another loss than alphapo_loss with the alpha, beta and gamma of config: (chosen_logps,
+            rejected_logps, pairs, batch) -> (losses, chosen_rewards, rejected_rewards), one each a pair, where
+            batch holds their indices in pairs, for losses that need more than the log-probabilities.
 
     Raises:
         UserError: settings, data or model are not usable; nothing was written.
         FloatingPointError: a loss or gradient is not finite.
     """
     config = resolve(config)
-    loss_fn = loss_fn or partial(alphapo_loss, alpha=config.alpha, beta=config.beta, gamma=config.gamma)
+    loss_fn = loss_fn or (
+        lambda chosen, rejected, *_: alphapo_loss(chosen, rejected, config.alpha, config.beta, config.gamma)
+    )
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is not an empty folder; choose another, or delete it")
@@ -1024,6 +1027,10 @@ def train(config: Config, loss_fn=None) -> dict:
     summary |= dict(flops_per_second=flops / seconds, share_of_peak=flops / seconds / plan["peak_flops"])
     summary |= dict(optimizer_share=updating / seconds, before=before, after=after)
     save(model, tokenizer, summary, out)
+    try:
+        plot_curves([out], out / "curves.png")
+    except UserError as error:
+        print(f"note: no curves.png: {error}")
     return summary
 
 
@@ -1043,6 +1050,34 @@ def table(summary):
     speed += f"{summary['flops_per_second'] / 1e12:.3g} TFLOP/s, {summary['share_of_peak']:.0%} of the peak "
     speed += f"({summary['plan']['peak_source']}), optimizer {summary['optimizer_share']:.0%} of the time, "
     return "\n".join([*lines, speed + f"peak memory {summary['peak_memory_gib']:.2f} GiB"])
+
+
+def plot_curves(runs, path):
+    """Draw the curves of runs, folders with a metrics.jsonl: first the chosen log-probability against the margin.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("curves need: pip install matplotlib") from error
+    figure = Figure(figsize=(20, 4), layout="constrained")
+    axes = figure.subplots(1, 5)
+    for color, run in enumerate(runs):
+        log = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        curve = {key: np.array([m[key] for m in log if "loss" in m]) for key in ["step", *METRICS]}
+        chosen, rejected, style = curve["logps/chosen"], curve["logps/rejected"], dict(color=f"C{color}")
+        axes[0].plot(chosen - rejected, chosen, ".", alpha=0.6, label=Path(run).name, **style)
+        axes[1].plot(curve["step"], chosen, **style)
+        axes[1].plot(curve["step"], rejected, "--", **style)
+        for axis, key in zip(axes[2:], ("rewards/margins", "rewards/accuracies", "loss")):
+            axis.plot(curve["step"], curve[key], **style)
+            axis.set(xlabel="step", ylabel=key)
+    axes[0].set(xlabel="margin of log-probabilities (nats a token)", ylabel="chosen (nats a token)")
+    axes[1].set(xlabel="step", ylabel="chosen, and dashed rejected (nats a token)")
+    axes[0].legend()
+    figure.savefig(path)
 
 
 def save(model, tokenizer, summary, out):

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections import Counter
 from decimal import Decimal, localcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -264,7 +263,8 @@ def as_pairs(triples):
     return alphapo.Pairs(tokens, bounds, [f"pairs:{i + 1}" for i in range(len(triples))], Counter())
 
 
-LOSS = partial(alphapo.alphapo_loss, alpha=0.25, beta=2.5, gamma=0.1)
+def LOSS(chosen_logps, rejected_logps, *_):
+    return alphapo.alphapo_loss(chosen_logps, rejected_logps, 0.25, 2.5, 0.1)
 
 
 def metrics_and_gradients(model, micro_tokens, plain=False):
@@ -793,7 +793,8 @@ def test_two_runs_are_the_same_and_rows_do_not_matter(tmp_path):
 
 
 def test_another_loss_goes_into_the_same_harness(tmp_path):
-    def hinge(chosen_logps, rejected_logps):
+    def hinge(chosen_logps, rejected_logps, pairs, batch):
+        assert len(batch) == len(chosen_logps) and max(batch) < len(pairs)
         return torch.relu(1 - (chosen_logps - rejected_logps)), chosen_logps.detach(), rejected_logps.detach()
 
     config = alphapo.Config(
@@ -865,10 +866,15 @@ def test_a_preset_runs_from_a_filled_hub_cache(tmp_path):
     assert config | want == config
 
 
+def module_of(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_tiny_data_is_what_its_judge_says():
-    spec = importlib.util.spec_from_file_location("make_tiny", ROOT / "data" / "make_tiny.py")
-    make_tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_tiny)
+    make_tiny = module_of("make_tiny")
     for name, count in (("train.jsonl", 2000), ("eval.jsonl", 300)):
         rows = [json.loads(line) for line in (ROOT / "data" / name).read_text().splitlines()]
         assert len(rows) == count
@@ -878,3 +884,40 @@ def test_the_tiny_data_is_what_its_judge_says():
                 for key in ("chosen", "rejected")
             )
             assert [round(best, 3), round(worst, 3)] == row["scores"] and best > worst
+
+
+def test_dpo_is_its_closed_form_on_summed_logps():
+    study, rng = module_of("study"), np.random.default_rng(0)
+    c, r, ref_c, ref_r = (torch.tensor(-9 * rng.random(8), requires_grad=i < 2) for i in range(4))
+    losses, chosen_rewards, rejected_rewards = study.dpo_loss(c, r, ref_c, ref_r, 0.1)
+    margin = 0.1 * ((c - ref_c) - (r - ref_r)).detach()
+    torch.testing.assert_close(losses.detach(), (1 + (-margin).exp()).log())
+    torch.testing.assert_close(chosen_rewards - rejected_rewards, margin)
+    for logps, sign in ((c, -1), (r, 1)):
+        (grad,) = torch.autograd.grad(losses.sum(), logps, retain_graph=True)
+        torch.testing.assert_close(grad, sign * 0.1 / (1 + margin.exp()))
+
+
+def test_dpo_trains_from_its_reference_and_two_runs_are_drawn(tmp_path):
+    """At the reference itself every log-ratio is 0 and the loss is log 2; the sums are means times lengths."""
+    study = module_of("study")
+    settings = dict(max_steps=4, batch_size=16, data=str(ROOT / "data" / "eval.jsonl"), eval_data=None)
+    config = alphapo.Config(**alphapo.PRESETS["tiny"] | settings | dict(out=str(tmp_path / "dpo")))
+    dpo = study.ReferenceDPO(config, beta=0.1)
+    summary = alphapo.train(config, dpo)
+    assert summary["before"]["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics_of(tmp_path / "dpo")[-2]["loss"] < math.log(2)
+    pairs = alphapo.load_data(alphapo.resolve(config)).pairs
+    model, (prompt, chosen, rejected) = alphapo.load_model(str(TINY), "cpu", False), pairs[3]
+    with torch.no_grad():
+        reference = torch.stack([own_logps(model, prompt, side) for side in (chosen, rejected)])
+    torch.testing.assert_close(dpo.reference[pairs.places[3]].double(), reference, rtol=1e-4, atol=1e-5)
+    alphapo.train(alphapo.replace(config, out=str(tmp_path / "alphapo")))
+    if importlib.util.find_spec("matplotlib"):
+        command = [sys.executable, ROOT / "data" / "study.py", "plot", tmp_path / "dpo", tmp_path / "alphapo"]
+        subprocess.run([*command, "--out", tmp_path / "two.png"], check=True, timeout=120)
+        for picture in (tmp_path / "two.png", tmp_path / "dpo" / "curves.png"):
+            assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+    else:
+        with pytest.raises(alphapo.UserError, match="pip install matplotlib"):
+            alphapo.plot_curves([tmp_path / "dpo"], tmp_path / "two.png")
