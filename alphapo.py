@@ -18,12 +18,17 @@ part uses only what stands above it, and the loss needs nothing but torch: copy 
 AlphaPO: arXiv 2501.03884 (Gupta et al., 2025). SimPO: arXiv 2405.14734 (Meng et al., 2024).
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
 import resource
+import shlex
+import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -33,7 +38,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm  # comes with transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -229,8 +237,19 @@ def pair_logps(model, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[rows.sources]
         softcap = getattr(config, "final_logit_softcapping", None)
         token_logps = ProjectedLogps.apply(hidden, head.weight, rows.targets, softcap)
-    means = torch.stack([response.mean() for response in token_logps.split(rows.lengths)])
-    return means.view(-1, 2).unbind(1)
+    means = [response.mean() for response in token_logps.split(rows.lengths)]
+    return torch.stack(means[0::2]), torch.stack(means[1::2])
+
+
+class Policy(torch.nn.Module):
+    """pair_logps as a module: FSDP makes embedding and projection whole tensors inside its forward pass."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows):
+        return pair_logps(self.model, rows)
 
 
 @torch.no_grad()
@@ -339,8 +358,8 @@ def parse_row(row):
     """
     if isinstance(row, bytes):
         try:
-            row = json.loads(row)
-        except ValueError as error:
+            row = json.loads(row.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
         raise ValueError('not an object with "chosen" and "rejected"')
@@ -396,7 +415,10 @@ def encode_row(row, tokenizer, special, max_length, max_prompt_length, notes):
         except Exception as error:  # jinja's kinds, and Python's
             raise ValueError(f"the chat template refuses it: {first_line(error)}") from error
     # a template writes BOS itself or wants none; where tokenizer and text both wrote one, one goes
-    encoded, bos = tokenizer(texts, add_special_tokens=not chat)["input_ids"], tokenizer.bos_token_id
+    try:
+        encoded, bos = tokenizer(texts, add_special_tokens=not chat)["input_ids"], tokenizer.bos_token_id
+    except TypeError as error:
+        raise ValueError("it holds what is no text, such as half of a surrogate pair") from error
     encoded = [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded]
     shared = shared_length(*encoded)
     if prompt is None:
@@ -474,7 +496,7 @@ def from_hub(load, name, **options):
     """Call a from_pretrained; what keeps it from loading is the user's to mend."""
     try:
         return load(name, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         remedy = "a model folder holds config.json, tokenizer files and safetensors weights"
         if not Path(name).is_dir():
             remedy = "it is no folder here, and as a hub id it needs the hub, or a cache filled before"
@@ -549,7 +571,8 @@ class MasterAdamW:
     part = 2**28  # parameters updated at a time: a gibibyte of gradients on the host, not all of them
 
     def __init__(self, model, dtype, weight_decay, device=None):
-        self.params = [param for param in model.parameters() if param.requires_grad]
+        named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        self.names, self.params = zip(*named)
         self.device = torch.device(device or self.params[0].device)
         self.masters, self.sums = self.params, None
         if dtype != torch.float32 or self.device.type != self.params[0].device.type:
@@ -582,6 +605,7 @@ class MasterAdamW:
         """
         grads = self.sums or [param.grad for param in self.params]
         norm = torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of FSDP's shards
         if not norm.isfinite():
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
         clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -609,6 +633,34 @@ class MasterAdamW:
                     self.params[i].data.copy_(self.masters[i])
                     self.sums[i] = None
         return norm.item()
+
+    def state(self, part):
+        """Masters and moments of a part as {name: tensor}, on the host; of FSDP's tensors this rank's shards."""
+        values = {}
+        for i in part:
+            kept = self.adamw.state.get(self.masters[i], {})
+            for key, value in {"master": self.masters[i].detach(), **kept}.items():
+                values[f"{self.names[i]}:{key}"] = local(value).cpu().contiguous()
+        return values
+
+    @torch.no_grad()
+    def load(self, values):
+        """Take over what state returned."""
+        for i, (name, master) in enumerate(zip(self.names, self.masters)):
+            if f"{name}:master" in values:
+                local(master).copy_(values[f"{name}:master"])
+                self.params[i].data.copy_(master)
+            if f"{name}:step" in values:
+                kept = self.adamw.state[master]
+                kept["step"] = values[f"{name}:step"].to(master.device)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    kept[key] = torch.zeros_like(master)
+                    local(kept[key]).copy_(values[f"{name}:{key}"])
+
+
+def local(tensor):
+    """This rank's shard of a tensor under FSDP, any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 # -------------------------------------------------------------------------------- training loop
@@ -649,6 +701,9 @@ class Config:
     compile: bool = knob(False, "compile the decoder layers: a minute once, then faster and smaller")
     plan: bool = knob(False, "say what the run takes, from config and data alone, and stop")
     eval_every: int | None = knob(None, "evaluate every so many steps too, not just first and last")
+    save_every: int | None = knob(None, "write a checkpoint every so many steps (Ctrl-C and SIGTERM write one too)")
+    keep: int = knob(2, "checkpoints to keep")
+    resume: bool = knob(False, "go on from the newest whole checkpoint in --out")
     seed: int = knob(42, "of the order of the pairs and the held-out share")
     # fmt: on
 
@@ -660,7 +715,7 @@ def resolve(config: Config) -> Config:
         UserError: one is out of range, or two contradict each other.
     """
     positive = "beta learning_rate batch_size epochs max_steps max_grad_norm max_length max_prompt_length"
-    positive += " micro_tokens eval_every"
+    positive += " micro_tokens eval_every save_every keep"
     for name, value in asdict(config).items():
         flag = f"--{name.replace('_', '-')} {value}: must be"
         if isinstance(value, float) and not math.isfinite(value):
@@ -676,6 +731,10 @@ def resolve(config: Config) -> Config:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"--device {device}: not on this machine; choose cpu, or cuda where torch sees a GPU")
+    if config.master_device == "cpu" != device and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            "--master-device cpu: with several GPUs the masters are sharded over them; leave it out"
+        )
     if config.dtype not in ("auto", "bfloat16", "float32"):
         raise UserError(f"--dtype {config.dtype}: choose auto, bfloat16 or float32")
     if config.master_device not in ("auto", "cpu", device):
@@ -715,27 +774,45 @@ METRICS = ["loss", *(f"rewards/{key}" for key in ("chosen", "rejected", "margins
 METRICS += ["logps/chosen", "logps/rejected"]
 
 
-def run_pairs(model, pairs, indices, loss_fn, micro_tokens, plain, train=False):
-    """Mean metrics over pairs; to train, add the gradients of their mean loss to the model's.
+def process():
+    """(rank, number) of the processes that torchrun started; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    A micro-batch contributes its sum over the number of all pairs, so that the split changes nothing.
+
+def run_pairs(policy, pairs, indices, loss_fn, micro_tokens, plain, train=False):
+    """Mean metrics over pairs, of all processes; to train, add the gradients of their mean loss to the model's.
+
+    A micro-batch contributes its sum over the number of all pairs, so that no split changes anything: neither
+    into micro-batches nor over processes.
 
     Raises:
         FloatingPointError: losses are not finite; it names the pairs.
     """
-    figures, order = [], []
-    for batch in micro_batches(pairs, indices, micro_tokens, plain):
+    (rank, size), device = process(), policy.model.device
+    batches = list(micro_batches(pairs, indices, micro_tokens, plain))
+    while len(batches) % size and len(batches) < len(indices):  # FSDP hangs where ranks run unequally many
+        micro_tokens *= 0.9
+        batches = list(micro_batches(pairs, indices, micro_tokens, plain))
+    real, position = len(batches), {i: n for n, i in enumerate(indices)}
+    batches += [batches[-1]] * (-real % size)  # and these count nothing
+    figures = torch.zeros(len(METRICS), len(indices), dtype=torch.float64, device=device)
+    for number in range(rank, len(batches), size):
+        batch = batches[number]
         with torch.set_grad_enabled(train):
-            chosen, rejected = pair_logps(model, make_rows([pairs[i] for i in batch], plain, model.device))
+            chosen, rejected = policy(make_rows([pairs[i] for i in batch], plain, device))
             losses, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected, pairs, batch)
-        if train:
-            (losses.sum() / len(indices)).backward()
+        if train:  # FSDP takes the mean over ranks, hence times their number
+            (losses.sum() * ((number < real) * size / len(indices))).backward()
         margins = chosen_rewards - rejected_rewards
         columns = (losses, chosen_rewards, rejected_rewards, margins, margins > 0, chosen, rejected)
-        figures.append(torch.stack([column.detach().double() for column in columns]))
-        order += batch
-    figures = torch.cat(figures, 1).cpu()  # the one time that the device is waited for
-    bad = [pairs.places[i] for i, finite in zip(order, figures[0].isfinite()) if not finite]
+        if number < real:
+            figures[:, [position[i] for i in batch]] = torch.stack(
+                [column.detach().double() for column in columns]
+            )
+    if size > 1:
+        dist.all_reduce(figures)
+    figures = figures.cpu()  # the one time that the device is waited for
+    bad = [pairs.places[i] for i, finite in zip(indices, figures[0].isfinite()) if not finite]
     if bad:
         raise FloatingPointError(f"the loss is not finite at {', '.join(bad[:10])}")
     return dict(zip(METRICS, figures.mean(1).tolist()))
@@ -784,12 +861,13 @@ def peak_flops(device, dtype) -> tuple[float, str]:
     for key, peak in PEAKS.items():
         if key in name and dtype == "bfloat16":
             return peak, f"{key} data sheet"
-    a, best = torch.ones(2048, 2048, device=device, dtype=getattr(torch, dtype)), math.inf
+    size, best = (8192 if device == "cuda" else 1024), math.inf
+    a = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
     for _ in range(5):
         start = time.perf_counter()
         (a @ a)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best, "plain matrix product measured here"
+    return 2 * size**3 / best, "plain matrix product measured here"
 
 
 GIB = 2**30
@@ -817,7 +895,11 @@ def memory_needed(config, model, longest, plain) -> tuple[dict, dict]:
         host["gradients in passing"] = 3 * 4 * MasterAdamW.part
     if config.device == "cpu":
         device, host = device | host, {}
-    return tuple({kind: size / GIB for kind, size in part.items()} for part in (device, host))
+    size = process()[1]
+    for kind in ("weights", "gradients", "masters and moments"):
+        if kind in device:  # FSDP's shards are float32; a layer at a time is whole
+            device[kind] = (4 * count if kind == "weights" and size > 1 else device[kind]) / size
+    return tuple({kind: bytes / GIB for kind, bytes in part.items()} for part in (device, host))
 
 
 def memory_there(device):
@@ -854,6 +936,7 @@ def make_plan(config, data) -> tuple[Config, dict]:
     steps = min(config.max_steps or steps, steps)
     share = min(1.0, steps * config.batch_size / (len(train_on) * config.epochs)) * config.epochs
     peak, source = peak_flops(config.device, config.dtype)
+    peak *= process()[1]
     flops = pair_flops(model, pairs)[train_on].sum() * share
     plan = dict(parameters=sum(param.numel() for param in model.parameters()), steps=steps)
     plan |= dict(tokens=int(np.diff(pairs.bounds)[train_on].sum() * share), device_gib=device, host_gib=host)
@@ -924,6 +1007,124 @@ def load_data(config) -> Data:
     return Data(tokenizer, pairs, eval_pairs, train_on, eval_on, notes)
 
 
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path):
+    """Have the system write a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def all_agree(flag):
+    """Whether the flag is true on every process."""
+    flags = torch.tensor(
+        int(flag), device="cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+    )
+    if process()[1] > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MIN)
+    return bool(flags)
+
+
+def claim(out, on_exit):
+    """Make the output folder, or take it over to resume, and lock it until on_exit, an ExitStack, ends.
+
+    Raises:
+        UserError: it cannot be written, holds something else, or another run is at work in it.
+    """
+    if process()[0]:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out, os.O_RDONLY)
+        on_exit.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"--out {out}: another run is writing there; choose another folder") from error
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; choose another folder") from error
+    for leftover in out.glob(".partial-*"):
+        shutil.rmtree(leftover)
+
+
+def save_checkpoint(out, state, optimizer, keep):
+    """Write checkpoint-STEP: into a folder of another name, flushed to the disk, then renamed into place.
+
+    It holds masters and moments as safetensors, a part at a time and one set a rank, and the rest as JSON.
+    """
+    rank, name = process()[0], f"checkpoint-{state['step']:06}"
+    folder, digests = out / f".partial-{name}", {}
+
+    def written(name):
+        flush(folder / name)
+        digests[name] = digest(folder / name)
+
+    try:
+        folder.mkdir(exist_ok=True)
+        if rank == 0:
+            (folder / "state.json").write_text(json.dumps(state))
+            written("state.json")
+        for number, part in enumerate(optimizer.parts):
+            values = optimizer.state(part) | {"random": torch.get_rng_state()}
+            save_file(values, folder / f"rank{rank}-{number:04}.safetensors")
+            written(f"rank{rank}-{number:04}.safetensors")
+        (folder / f"rank{rank}.json").write_text(json.dumps(digests))
+        written(f"rank{rank}.json")
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if all_agree(True) and rank == 0:  # when the last rank has written its part
+        flush(folder)
+        shutil.rmtree(out / name, ignore_errors=True)  # a damaged one
+        folder.rename(out / name)
+        flush(out)
+        for old in sorted(out.glob("checkpoint-*"))[:-keep]:
+            shutil.rmtree(old)
+    all_agree(True)
+
+
+def newest_checkpoint(out):
+    """The newest checkpoint that is whole on every process, as (folder, state), or (None, None) if there is none.
+
+    Raises:
+        UserError: it is of another number of processes, or there are some and all are damaged.
+    """
+    (rank, size), folders = process(), sorted(out.glob("checkpoint-*"), reverse=True)
+    for folder in folders:
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            if state["processes"] != size:
+                raise UserError(
+                    f"{folder}: of {state['processes']} processes, not {size}; resume with as many"
+                )
+            digests = json.loads((folder / f"rank{rank}.json").read_text())
+            whole = all(digest(folder / name) == value for name, value in digests.items())
+        except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if all_agree(whole):
+            return folder, state
+        print(f"note: {folder} is damaged; going back to the one before")
+    if folders:
+        raise UserError(f"--resume: no checkpoint in {out} is whole; choose another --out to start again")
+    return None, None
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM: the step was finished and saved."""
+
+    def __init__(self, number, step):
+        again = shlex.join([*sys.argv, *["--resume"] * ("--resume" not in sys.argv)])
+        super().__init__(f"stopped after step {step}, which is saved; go on with: python {again}")
+        self.status = 128 + number
+
+
+# what a resumed run cannot change without being another run
+FIXED = "model data eval_data eval_split seed batch_size epochs max_steps max_length max_prompt_length dtype plain_rows"
+
+
 def train(config: Config, loss_fn=None) -> dict:
     """Align a model, write it and its figures to config.out, and return the summary.
 
@@ -935,103 +1136,177 @@ def train(config: Config, loss_fn=None) -> dict:
 
     Raises:
         UserError: settings, data or model are not usable; nothing was written.
-        FloatingPointError: a loss or gradient is not finite.
+        FloatingPointError: a loss or gradient is not finite; the state before that step was saved.
+        Stopped: SIGINT or SIGTERM came; the state was saved.
     """
-    config = resolve(config)
-    loss_fn = loss_fn or (
-        lambda chosen, rejected, *_: alphapo_loss(chosen, rejected, config.alpha, config.beta, config.gamma)
-    )
-    out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: is not an empty folder; choose another, or delete it")
-
-    data = load_data(config)
-    config, plan = make_plan(config, data)
-    tokenizer, pairs, eval_pairs, train_on, eval_on = (
-        data.tokenizer,
-        data.pairs,
-        data.eval_pairs,
-        data.train_on,
-        data.eval_on,
-    )
-    print(plan_text(config, plan))
-
-    torch.manual_seed(config.seed)
-    model = load_model(config.model, config.device, config.gradient_checkpointing)
-    if max(pairs.tokens.max(), eval_pairs.tokens.max()) >= model.get_input_embeddings().num_embeddings:
-        raise UserError(f"--model {config.model}: its tokenizer has more tokens than its embedding has rows")
-    plain, longest = config.plain_rows, max(train_on, key=lambda i: pairs.size(i, False))
-    if not plain and (reason := why_plain(model, pairs[longest])):
-        plain = True
-        print(f"note: falling back to plain rows, for with shared ones {reason}: slower, and right")
-    optimizer = MasterAdamW(model, getattr(torch, config.dtype), config.weight_decay, config.master_device)
-    if config.compile:
-        for layer in decoder_layers(model):
-            layer.compile(dynamic=True)
-    run = partial(run_pairs, model, loss_fn=loss_fn, micro_tokens=config.micro_tokens, plain=plain)
-    epoch_steps, steps = math.ceil(len(train_on) / config.batch_size), plan["steps"]
-    knobs = f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g}"
-    print(f"{knobs} (gamma/beta {config.gamma / config.beta:g}), {steps} steps of {config.batch_size} pairs")
-
-    out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "metrics.jsonl", "w", buffering=1)
-
-    def evaluate(step):
-        metrics = (
-            {f"eval_{key}": value for key, value in run(eval_pairs, eval_on).items()} if len(eval_on) else {}
+    config, out = resolve(config), Path(config.out)
+    with contextlib.ExitStack() as on_exit:
+        loss_fn = loss_fn or (
+            lambda chosen, rejected, *_: alphapo_loss(
+                chosen, rejected, config.alpha, config.beta, config.gamma
+            )
         )
-        log.write(json.dumps({"step": step} | metrics) + "\n")
-        return metrics
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+            if config.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
+        rank, size = process()
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out}: is a file; choose another")
+        there, folder, state = out.exists() and any(out.iterdir()), None, None
+        if there and not config.resume:
+            raise UserError(f"--out {out}: is not empty; choose another, or --resume the run in it")
+        if (out / "summary.json").exists():
+            raise UserError(f"--out {out}: the run in it is finished; choose another")
+        if there and not (out / "metrics.jsonl").exists():
+            raise UserError(f"--out {out}: holds no run of this script to resume; choose another")
+        if there:
+            claim(out, on_exit)
+            folder, state = newest_checkpoint(out)
+        for name, value in (state or {}).get("config", {}).items():
+            if name in FIXED.split() and value != getattr(config, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(config, name)}: the run to resume has {value}"
+                )
 
-    before, seen, tokens, seconds, updating, flops = evaluate(0), 0, 0, 0.0, 0.0, 0.0
-    pair_cost = pair_flops(model, pairs)
-    progress = tqdm(range(steps), unit="step", mininterval=0.1 if sys.stderr.isatty() else 10)
-    for step in progress:
-        epoch, batch = divmod(step, epoch_steps)
-        order = np.random.default_rng([config.seed, epoch]).permutation(train_on)
-        indices = order[batch * config.batch_size : (batch + 1) * config.batch_size]
-        start, learning_rate = time.perf_counter(), learning_rate_at(step, steps, config)
-        try:
-            metrics = run(pairs, indices, train=True)
-            middle = time.perf_counter()
-            norm = optimizer.step(learning_rate, config.max_grad_norm)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {step + 1}: {error}; lower --learning-rate or --alpha") from error
-        elapsed, size = time.perf_counter() - start, sum(pairs.size(i, plain) for i in indices)
-        seen, tokens, seconds = seen + len(indices), tokens + size, seconds + elapsed
-        updating, flops = updating + start + elapsed - middle, flops + pair_cost[indices].sum()
-        metrics |= dict(grad_norm=norm, learning_rate=learning_rate, epoch=(step + 1) / epoch_steps)
-        log.write(json.dumps({"step": step + 1} | metrics | {"tokens_per_second": size / elapsed}) + "\n")
-        loss, accuracy, margin = (metrics[key] for key in ("loss", "rewards/accuracies", "rewards/margins"))
-        line = f"loss {loss:.3f}, accuracy {accuracy:.2f}, margin {margin:.3f}, {size / elapsed:.0f} tokens/s"
-        progress.set_postfix_str(line, refresh=False)
-        if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
-            evaluate(step + 1)
+        data = load_data(config)
+        pairs, eval_pairs, train_on, eval_on = data.pairs, data.eval_pairs, data.train_on, data.eval_on
+        data_sha256 = hashlib.sha256(pairs.tokens.tobytes() + pairs.bounds.tobytes()).hexdigest()
+        if state and state["data_sha256"] != data_sha256:
+            raise UserError(f"--data {config.data}: not the pairs that the run to resume began with")
+        config, plan = make_plan(config, data)
+        print(plan_text(config, plan))
 
-    for param in model.parameters():  # to what is written, so that the last figures are those of the files
-        param.data = param.data.bfloat16().to(param.dtype)
-    after = evaluate(steps)
-    log.close()
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    if config.device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    versions = dict(python=platform.python_version(), torch=torch.__version__)
-    versions |= dict(transformers=transformers.__version__)
-    digest = hashlib.sha256(pairs.tokens.tobytes() + pairs.bounds.tobytes()).hexdigest()
-    summary = dict(config=asdict(config), versions=versions, data_sha256=digest, notes=data.notes, plan=plan)
-    summary |= dict(
-        plain_rows=plain, pairs=len(train_on), eval_pairs=len(eval_on), steps=steps, seconds=seconds
-    )
-    summary |= dict(pairs_per_second=seen / seconds, tokens_per_second=tokens / seconds, peak_memory_gib=peak)
-    summary |= dict(flops_per_second=flops / seconds, share_of_peak=flops / seconds / plan["peak_flops"])
-    summary |= dict(optimizer_share=updating / seconds, before=before, after=after)
-    save(model, tokenizer, summary, out)
-    try:
-        plot_curves([out], out / "curves.png")
-    except UserError as error:
-        print(f"note: no curves.png: {error}")
-    return summary
+        torch.manual_seed(config.seed)
+        model = load_model(config.model, config.device, config.gradient_checkpointing)
+        if max(pairs.tokens.max(), eval_pairs.tokens.max()) >= model.get_input_embeddings().num_embeddings:
+            raise UserError(
+                f"--model {config.model}: its tokenizer has more tokens than its embedding has rows"
+            )
+        plain, longest = config.plain_rows, max(train_on, key=lambda i: pairs.size(i, False))
+        if not plain and (reason := why_plain(model, pairs[longest])):
+            plain = True
+            print(f"note: falling back to plain rows, for with shared ones {reason}: slower, and right")
+        pair_cost, dtype, policy = pair_flops(model, pairs), getattr(torch, config.dtype), Policy(model)
+        for layer in decoder_layers(model) if config.compile else ():
+            layer.compile(dynamic=True)
+        if size > 1:
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+            precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+            for module in [*decoder_layers(model), policy]:
+                fully_shard(module, mp_policy=precision)
+            dtype = torch.float32  # of the shards, which are the masters
+        optimizer = MasterAdamW(model, dtype, config.weight_decay, config.master_device)
+        run = partial(run_pairs, policy, loss_fn=loss_fn, micro_tokens=config.micro_tokens, plain=plain)
+        epoch_steps, steps = math.ceil(len(train_on) / config.batch_size), plan["steps"]
+        knobs = f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g}"
+        print(
+            f"{knobs} (gamma/beta {config.gamma / config.beta:g}), {steps} steps of {config.batch_size} pairs"
+        )
+
+        if not there:
+            claim(out, on_exit)
+        stop = []
+
+        def on_signal(number, frame):
+            if stop and time.monotonic() - stop[1] > 1:  # not the same Ctrl-C again, passed on by torchrun
+                os._exit(128 + number)
+            stop[:] = stop or [number, time.monotonic()]
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            on_exit.callback(signal.signal, number, signal.signal(number, on_signal))
+        log = open(out / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
+        if folder:
+            for path in sorted(folder.glob(f"rank{rank}-*.safetensors")):
+                values = load_file(path)
+                torch.set_rng_state(values.pop("random"))
+                optimizer.load(values)
+            print(f"resumed after step {state['step']}")
+        if rank == 0:
+            log.truncate(state["log_bytes"] if state else 0)
+
+        def evaluate(step):
+            metrics = run(eval_pairs, eval_on) if len(eval_on) else {}
+            metrics = {f"eval_{key}": value for key, value in metrics.items()}
+            log.write(json.dumps({"step": step} | metrics) + "\n")
+            return metrics
+
+        if not state:
+            totals = dict.fromkeys(("pairs", "tokens", "seconds", "updating", "flops"), 0.0)
+            state = dict(step=0, processes=size, config=asdict(config), data_sha256=data_sha256)
+            state |= dict(totals=totals, before=evaluate(0))
+        totals = state["totals"]
+
+        def checkpoint():
+            save_checkpoint(out, state | dict(log_bytes=log.tell()), optimizer, config.keep)
+
+        progress = tqdm(total=steps, initial=state["step"], unit="step", disable=rank > 0)
+        on_exit.callback(progress.close)
+        progress.mininterval = 0.1 if sys.stderr.isatty() else 10
+        for step in range(state["step"], steps):
+            epoch, batch = divmod(step, epoch_steps)
+            order = np.random.default_rng([config.seed, epoch]).permutation(train_on)
+            indices = order[batch * config.batch_size : (batch + 1) * config.batch_size]
+            start, learning_rate = time.perf_counter(), learning_rate_at(step, steps, config)
+            try:
+                metrics = run(pairs, indices, train=True)
+                middle = time.perf_counter()
+                norm = optimizer.step(learning_rate, config.max_grad_norm)
+            except FloatingPointError as error:
+                checkpoint()
+                where = (
+                    ""
+                    if " at " in str(error)
+                    else f" from {', '.join(pairs.places[i] for i in indices[:10])} ..."
+                )
+                raise FloatingPointError(
+                    f"step {step + 1}: {error}{where}; the {step} steps before are saved: "
+                    "--resume with a lower --learning-rate, or start again with a lower --alpha"
+                ) from error
+            end, tokens = time.perf_counter(), sum(pairs.size(i, plain) for i in indices)
+            counts = len(indices), tokens, end - start, end - middle, pair_cost[indices].sum()
+            for key, count in zip(totals, counts):
+                totals[key] += float(count)
+            metrics |= dict(grad_norm=norm, learning_rate=learning_rate, epoch=(step + 1) / epoch_steps)
+            metrics |= dict(tokens_per_second=tokens / (end - start))
+            log.write(json.dumps({"step": step + 1} | metrics) + "\n")
+            loss, accuracy, margin = (
+                metrics[key] for key in ("loss", "rewards/accuracies", "rewards/margins")
+            )
+            line = f"loss {loss:.3f}, accuracy {accuracy:.2f}, margin {margin:.3f}, "
+            progress.set_postfix_str(f"{line}{tokens / (end - start):.0f} tokens/s", refresh=False)
+            progress.update()
+            state["step"] = step + 1
+            if step + 1 < steps and config.eval_every and (step + 1) % config.eval_every == 0:
+                evaluate(step + 1)
+            stopped = not all_agree(not stop)
+            if stopped or config.save_every and (step + 1) % config.save_every == 0:
+                checkpoint()
+            if stopped:
+                raise Stopped(stop[0] if stop else signal.SIGTERM, step + 1)
+
+        with torch.no_grad():
+            for param in optimizer.params:  # to what is written: the last figures are those of the files
+                param.copy_(param.bfloat16())
+        after = evaluate(steps)
+        log.close()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if config.device == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        seconds, flops = totals["seconds"], totals["flops"]
+        versions = dict(python=platform.python_version(), torch=torch.__version__)
+        versions |= dict(transformers=transformers.__version__)
+        summary = dict(config=asdict(config), versions=versions, data_sha256=data_sha256, notes=data.notes)
+        summary |= dict(plan=plan, processes=size, plain_rows=plain, steps=steps, seconds=seconds)
+        summary |= dict(pairs=len(train_on), eval_pairs=len(eval_on), peak_memory_gib=peak / GIB)
+        summary |= dict(
+            pairs_per_second=totals["pairs"] / seconds, tokens_per_second=totals["tokens"] / seconds
+        )
+        summary |= dict(flops_per_second=flops / seconds, share_of_peak=flops / seconds / plan["peak_flops"])
+        summary |= dict(optimizer_share=totals["updating"] / seconds, before=state["before"], after=after)
+        save(model, data.tokenizer, summary, out)
+        return summary
 
 
 def table(summary):
@@ -1081,28 +1356,54 @@ def plot_curves(runs, path):
 
 
 def save(model, tokenizer, summary, out):
-    """Write the model in bfloat16 and the tokenizer, for from_pretrained, the summary, and a model card."""
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    config = summary["config"]
-    (out / "README.md").write_text(
+    """Write the model in bfloat16 and the tokenizer, for from_pretrained, curves, a model card and the summary.
+
+    All into a folder of another name first, and the summary is the last to be moved: it says that all is there.
+    """
+    whole, state = {}, model.state_dict(keep_vars=True)
+    for param in state.values():  # tied weights are one parameter under two names
+        if id(param) not in whole:
+            full = param.detach().full_tensor() if hasattr(param, "full_tensor") else param.detach()
+            whole[id(param)] = full.to("cpu", torch.bfloat16 if full.is_floating_point() else full.dtype)
+    if process()[0]:
+        return
+    state = {name: whole[id(param)] for name, param in state.items()}
+    with torch.device("meta"):  # the architecture alone, for the config to say bfloat16
+        shell = type(model)(model.config).to(torch.bfloat16)
+    shell.generation_config = model.generation_config
+    partial_folder, config = out / ".partial-model", summary["config"]
+    shell.save_pretrained(partial_folder, state_dict=state)
+    tokenizer.save_pretrained(partial_folder)
+    try:
+        plot_curves([out], partial_folder / "curves.png")
+    except UserError as error:
+        print(f"note: no curves.png: {error}")
+    (partial_folder / "README.md").write_text(
         f"---\nlibrary_name: transformers\ntags: [alphapo]\n---\n# {Path(config['model']).name}, AlphaPO\n\n"
         f"{config['model']}, aligned with AlphaPO (arXiv 2501.03884) on {summary['pairs']} preference pairs "
         f"of {config['data']}.\n\n```\n{table(summary)}\n```\n\n| setting | value |\n| --- | --- |\n"
         + "".join(f"| {key} | {value} |\n" for key, value in config.items())
     )
+    (partial_folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for path in sorted(partial_folder.iterdir(), key=lambda path: path.name == "summary.json"):
+        flush(path)
+        path.replace(out / path.name)
+    partial_folder.rmdir()
+    flush(out)
 
 
 # -------------------------------------------------------------------------------- command line
 
 
 def fail(message, status=2):
-    print(f"alphapo: {message}", file=sys.stderr)
+    rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("RANK", 0)) else ""
+    print(f"alphapo{rank}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def main(argv=None):
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
@@ -1122,8 +1423,22 @@ def main(argv=None):
             print(table(train(config)))
     except UserError as error:
         fail(error)
+    except Stopped as error:
+        fail(error, error.status)
     except FloatingPointError as error:
         fail(error, status=1)
+    except torch.OutOfMemoryError as error:
+        fail(f"out of memory: {first_line(error)}; lower --micro-tokens, or --master-device cpu", status=1)
+    except (OSError, SafetensorError) as error:  # a full disk, say
+        fail(
+            f"{first_line(error)}; what was saved before is whole: mend that, and go on with --resume",
+            status=1,
+        )
+    except KeyboardInterrupt:
+        fail("interrupted before the first step", status=130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -5,12 +5,16 @@ The mathematics is checked against closed forms in 60 decimal digits, finite dif
 pass; the behaviour by running the script.
 """
 
+import fcntl
 import importlib.util
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from decimal import Decimal, localcontext
 from pathlib import Path
@@ -270,7 +274,9 @@ def LOSS(chosen_logps, rejected_logps, *_):
 def metrics_and_gradients(model, micro_tokens, plain=False):
     pairs = as_pairs(random_pairs(9))
     model.zero_grad()
-    metrics = alphapo.run_pairs(model, pairs, list(range(9)), LOSS, micro_tokens, plain, train=True)
+    metrics = alphapo.run_pairs(
+        alphapo.Policy(model), pairs, list(range(9)), LOSS, micro_tokens, plain, train=True
+    )
     return metrics, [param.grad.clone() for param in model.parameters()]
 
 
@@ -293,7 +299,9 @@ def test_split_plain_rows_and_checkpointing_change_neither_metrics_nor_gradients
 
 def test_metrics_are_means_over_pairs():
     model, triples = small_model("llama"), random_pairs(6)
-    metrics = alphapo.run_pairs(model, as_pairs(triples), list(range(6)), LOSS, 60, plain=False)
+    metrics = alphapo.run_pairs(
+        alphapo.Policy(model), as_pairs(triples), list(range(6)), LOSS, 60, plain=False
+    )
     with torch.no_grad():
         chosen, rejected = (torch.stack([own_logps(model, t[0], t[i]) for t in triples]) for i in (1, 2))
     losses, chosen_rewards, rejected_rewards = LOSS(chosen, rejected)
@@ -355,7 +363,7 @@ def test_a_whole_model_in_bf16_follows_float32():
         start = torch.cat([param.detach().flatten() for param in model.parameters()])
         optimizer = alphapo.MasterAdamW(model, dtype, 0.0)
         for _ in range(10):
-            alphapo.run_pairs(model, pairs, range(8), LOSS, 200, plain=False, train=True)
+            alphapo.run_pairs(alphapo.Policy(model), pairs, range(8), LOSS, 200, plain=False, train=True)
             optimizer.step(1e-3, 1.0)
         weights[dtype] = torch.cat([master.detach().flatten() for master in optimizer.masters]) - start
     exact, rounded = weights.values()
@@ -408,7 +416,7 @@ def test_flops_are_those_that_torch_counts():
     model.set_attn_implementation("eager")  # of the others torch does not count the attention
     pairs = as_pairs([tuple(rng.integers(3, 97, size).astype(np.int32) for size in (60, 40, 40))])
     with FlopCounterMode(display=False) as counter:
-        alphapo.run_pairs(model, pairs, [0], LOSS, 1000, plain=False, train=True)
+        alphapo.run_pairs(alphapo.Policy(model), pairs, [0], LOSS, 1000, plain=False, train=True)
     # torch counts every query with every key of the row, the logits of the backward pass, and no embedding
     row, said, counts = 140, 80, alphapo.pair_flops(model, pairs)[0]
     attended = (60**2 + 40**2 + 40**2) / 2 + 60 * said
@@ -760,7 +768,7 @@ def test_the_script_trains_improves_and_writes_what_it_says(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert model.dtype == torch.bfloat16 and tokenizer.chat_template
     pairs = alphapo.load_pairs(str(ROOT / "data" / "eval.jsonl"), tokenizer, 2048, 1800)
-    again = alphapo.run_pairs(model.float(), pairs, range(len(pairs)), LOSS, 4096, plain=True)
+    again = alphapo.run_pairs(alphapo.Policy(model.float()), pairs, range(len(pairs)), LOSS, 4096, plain=True)
     assert again == pytest.approx({k.removeprefix("eval_"): v for k, v in summary["after"].items()}, rel=1e-4)
 
     # a second run into the same folder is refused, and leaves the first alone
@@ -804,28 +812,414 @@ def test_another_loss_goes_into_the_same_harness(tmp_path):
     assert summary["before"]["eval_rewards/chosen"] == summary["before"]["eval_logps/chosen"]
 
 
+GOOD = {"prompt": "Say fox: ", "chosen": "fox", "rejected": "owl"}
+TURNS = {"prompt": [user("Hi.")], "chosen": [assistant("fox")], "rejected": [assistant("owl")]}
+SWAPPED = {"chosen": [assistant("Hi."), user("fox")], "rejected": [assistant("Hi."), user("owl")]}
+# what is wrong: (what pairs.jsonl holds, what the line says)
+BAD_FILES = {
+    "empty": (b"", "empty"),
+    "blank lines alone": (b"\n\n", "empty"),
+    "not UTF-8": (b'{"chosen": "\xff", "rejected": "b"}\n', "pairs.jsonl:1: not valid JSON"),
+    "UTF-16": (json.dumps(GOOD).encode("utf-16"), "pairs.jsonl:1: not "),
+    "NUL bytes": (b"\0" * 50, "pairs.jsonl:1: not valid JSON"),
+    "cut in the middle": (json.dumps(GOOD).encode()[:-9], "pairs.jsonl:1: not valid JSON"),
+    "an array that is cut": (b'[{"chosen": "a"', "pairs.jsonl: not loaded"),
+    "an array of numbers": (b"[1]", "pairs.jsonl: item 1: not an object"),
+    "an array in a line": (b'[1]\n{"chosen": "a"}\n', "pairs.jsonl: not loaded"),
+    "a huge line of no JSON": (b"x" * 10**7, "pairs.jsonl:1: not valid JSON"),
+    "nested without end": (b'{"chosen":' * 10**5, "pairs.jsonl:1: not valid JSON"),
+    "one bad row among good ones": ([GOOD, {"chosen": "a"}], "pairs.jsonl:2: not an object with"),
+    "rows that name nothing": ([{"question": "a", "answer": "b"}], "pairs.jsonl:1: not an object with"),
+    "a number for a text": ([GOOD | {"rejected": 3}], "pairs.jsonl:1: "),
+    "null for a text": ([GOOD | {"chosen": None}], "pairs.jsonl:1: "),
+    "a number for a prompt": ([GOOD | {"prompt": 3}], "pairs.jsonl:1: "),
+    "a text and a conversation": ([GOOD | {"rejected": [assistant("a")]}], "pairs.jsonl:1: "),
+    "an empty prompt": ([GOOD | {"prompt": ""}], "dropped for an empty prompt"),
+    "an empty conversation": ([TURNS | {"chosen": []}], "pairs.jsonl:1: "),
+    "empty responses": ([GOOD | {"chosen": "", "rejected": ""}], "dropped for an empty response"),
+    "equal responses": ([GOOD | {"rejected": "fox"}], "dropped for equal responses"),
+    "responses of blanks": ([GOOD | {"chosen": "  \n"}], "dropped for an empty response"),
+    "a message without content": ([TURNS | {"chosen": [{"role": "assistant"}]}], "pairs.jsonl:1: "),
+    "a content of parts": ([TURNS | {"chosen": [assistant([{"text": "a"}])]}], "pairs.jsonl:1: "),
+    "roles out of order": ([SWAPPED], "pairs.jsonl:1: a conversation must be"),
+    "no assistant": ([TURNS | {"chosen": [user("fox")]}], "pairs.jsonl:1: a conversation must be"),
+    "two answers": (
+        [TURNS | {"chosen": [assistant("a"), assistant("b")]}],
+        "pairs.jsonl:1: a conversation must",
+    ),
+    "a prompt that ends with the assistant": (
+        [TURNS | {"prompt": [assistant("a")]}],
+        "pairs.jsonl:1: a conv",
+    ),
+    "a lone surrogate": (b'{"prompt": "a", "chosen": "\\ud800", "rejected": "b"}', "pairs.jsonl:1: "),
+}
 BAD_COMMANDS = {
     "a missing data file": (["--data", "nowhere.jsonl"], "nowhere.jsonl: not loaded: No such file"),
+    "a folder for data": (["--data", "folder.jsonl"], "folder.jsonl: not loaded: Is a directory"),
     "an unknown flag": (["--gama", "1"], "unrecognized arguments: --gama"),
     "a word for a number": (["--beta", "much"], "argument --beta: invalid float value: 'much'"),
     "no data": (["--model", str(TINY)], "--data is needed"),
     "a negative beta": (["--beta", "-1"], "--beta -1.0: must be above 0"),
+    "a beta of zero": (["--beta", "0"], "--beta 0.0: must be above 0"),
     "an alpha that is no number": (["--alpha", "nan"], "--alpha nan: must be a finite number"),
+    "an infinite learning rate": (["--learning-rate", "inf"], "--learning-rate inf: must be a finite number"),
+    "a negative gamma": (["--gamma", "-0.1"], "--gamma -0.1: must be 0 or more"),
+    "no pairs a step": (["--batch-size", "0"], "--batch-size 0: must be above 0"),
+    "no steps": (["--max-steps", "0"], "--max-steps 0: must be above 0"),
+    "no checkpoint kept": (["--keep", "0"], "--keep 0: must be above 0"),
+    "all held out": (["--eval-split", "1"], "--eval-split 1.0: must be below 1"),
     "no room for a response": (["--max-length", "64", "--max-prompt-length", "64"], "--max-prompt-length 64"),
     "an unknown device": (["--device", "abacus"], "--device abacus"),
+    "masters on no device": (["--master-device", "cuda"], "--master-device cuda"),
     "an unknown dtype": (["--dtype", "float8"], "--dtype float8"),
+    "a model that is nowhere": (
+        ["--model", "./nowhere", "--data", "good.jsonl"],
+        "--model ./nowhere: not loaded",
+    ),
 }
+
+
+def ends_in_one_line(args, line, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit:
+        alphapo.main(args)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and line in error and len(error.strip().splitlines()) == 1, error[-500:]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_bad_file_gets_one_line_and_status_2(kind, tmp_path, monkeypatch, capsys):
+    content, line = BAD_FILES[kind]
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, list):
+        content = "".join(json.dumps(row) + "\n" for row in content).encode()
+    Path("pairs.jsonl").write_bytes(content)
+    ends_in_one_line(["--data", "pairs.jsonl"], line, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("kind", BAD_COMMANDS)
 def test_a_bad_command_gets_one_line_and_status_2(kind, tmp_path, monkeypatch, capsys):
     args, line = BAD_COMMANDS[kind]
     monkeypatch.chdir(tmp_path)
+    Path("folder.jsonl").mkdir()
+    Path("good.jsonl").write_text(json.dumps(GOOD) + "\n")
+    ends_in_one_line(args, line, tmp_path, capsys)
+
+
+def without_safetensors(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def with_config(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+BAD_MODELS = {
+    "weights in a pickle": (without_safetensors, "safetensors"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "--model model: not loaded"),
+    "a config that is no JSON": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        "--model model: not loaded",
+    ),
+    "no tokenizer": (
+        lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+        "--model model: not loaded",
+    ),
+    "no chat template": (lambda folder: (folder / "chat_template.jinja").unlink(), "chat template"),
+    "a template that refuses": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}"),
+        "pairs.jsonl:1: the chat template refuses it: no system role",
+    ),
+    "an encoder-decoder": (with_config(model_type="t5", is_encoder_decoder=True), "encoder-decoder"),
+    "an unknown architecture": (with_config(model_type="abacus", architectures=["Abacus"]), "not loaded"),
+    "code of its own": (
+        with_config(
+            model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+        ),
+        "--model model: not loaded",
+    ),
+    "weights that are cut": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100),
+        "--model model: not loaded",
+    ),
+    "an embedding smaller than the vocabulary": (None, "more tokens than its embedding has rows"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MODELS)
+def test_a_bad_model_gets_one_line_and_status_2(kind, tmp_path, monkeypatch, capsys):
+    change, line = BAD_MODELS[kind]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY, "model")
+    Path("pairs.jsonl").write_text(json.dumps(TURNS) + "\n")
+    if change:
+        change(tmp_path / "model")
+    else:
+        settings = SMALL | dict(model_type="llama", vocab_size=50)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).save_pretrained("model")
+    ends_in_one_line(
+        ["--model", "model", "--data", "pairs.jsonl", "--eval-split", "0"], line, tmp_path, capsys
+    )
+
+
+# ------------------------------------------------------------------------------------------------ nothing is lost
+
+SHORT = [
+    "--max-steps",
+    6,
+    "--batch-size",
+    4,
+    "--save-every",
+    1,
+    "--data",
+    ROOT / "data" / "eval.jsonl",
+    "--dtype",
+]
+SHORT += ["float32", "--eval-split", 0.02]
+
+
+def weights_of(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+# imports once, then runs the script in a fork for every line of arguments, and says when it has ended and how
+FORKS = """
+import json, os, sys
+import alphapo
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            alphapo.main(json.loads(line))
+        except SystemExit as exit:
+            os._exit(exit.code or 0)
+        except BaseException:
+            os._exit(70)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_twenty_kills_and_the_weights_are_those_of_an_uninterrupted_run(tmp_path):
+    """SIGKILL at random moments, every second one while a checkpoint is being written."""
+    args = ["--max-steps", "24", *map(str, SHORT[2:]), "--keep", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        stdin=-1,
+        stdout=-1,
+        stderr=-3,
+        env=environment,
+        text=True,
+        cwd=tmp_path,
+    ) as server:
+
+        def begin(*more):
+            server.stdin.write(json.dumps([*args, *more]) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        begin("--out", "whole")
+        assert server.stdout.readline().strip() == "0"
+        rng, out, kills, inside = np.random.default_rng(0), tmp_path / "killed", 0, 0
+        while kills < 20:
+            child = begin("--out", "killed", "--resume")
+            deadline = time.monotonic() + (60 if kills % 2 else rng.uniform(0.2, 1.5))
+            while time.monotonic() < deadline:
+                if kills % 2 and list(out.glob(".partial-*")):
+                    break
+                time.sleep(0.0005)
+            inside += bool(list(out.glob(".partial-*")))
+            os.kill(child, signal.SIGKILL)
+            code = int(server.stdout.readline())
+            assert code in (-signal.SIGKILL, 0), code
+            if code == 0:  # it ended before the blow: from the start again
+                assert weights_of(out) == weights_of(tmp_path / "whole")
+                shutil.rmtree(out)
+                continue
+            kills += 1
+        begin("--out", "killed", "--resume")
+        assert server.stdout.readline().strip() == "0"
+        server.stdin.close()
+    assert inside >= 5
+    assert weights_of(out) == weights_of(tmp_path / "whole")
+
+    def figures(name):
+        return [{k: v for k, v in m.items() if k != "tokens_per_second"} for m in metrics_of(tmp_path / name)]
+
+    assert figures("killed") == figures("whole")
+    assert not list(out.glob(".partial-*")) and len(list(out.glob("checkpoint-*"))) <= 2
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, code, tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "alphapo.py",
+        *SHORT[2:],
+        "--max-steps",
+        2000,
+        "--epochs",
+        99,
+        "--save-every",
+        999,
+    ]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        [*map(str, command)], cwd=tmp_path, env=environment, stderr=-1, stdout=-3, text=True
+    ) as run:
+        log = tmp_path / "out" / "metrics.jsonl"
+        while run.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
+            time.sleep(0.05)
+        run.send_signal(number)
+        error = run.communicate(timeout=120)[1].splitlines()[-1]
+    assert run.returncode == code and "--resume" in error and "stopped after step" in error
+    (folder,) = (tmp_path / "out").glob("checkpoint-*")
+    assert int(folder.name[-6:]) == metrics_of(tmp_path / "out")[-1]["step"]
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def unfinish(folder):
+    """Back to the moment before the last write."""
+    for name in ("summary.json", "model.safetensors"):
+        (folder / name).unlink()
+
+
+def test_what_can_happen_to_a_run_that_is_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args, out = [*map(str, SHORT)], tmp_path / "out"
+    alphapo.main(args)
+    final, newest = weights_of(out), max(out.glob("checkpoint-*"))
+    assert checkpoints(out) == ["checkpoint-000005", "checkpoint-000006"]
+
+    def refused(line, *more):
+        with pytest.raises(SystemExit) as exit:
+            alphapo.main([*args, *more])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert exit.value.code == 2 and line in error, error
+
+    refused("finished", "--resume")
+    unfinish(out)
+    refused("is not empty")
+    refused("the run to resume has 4", "--resume", "--batch-size", "8")
+    refused("the run to resume has", "--resume", "--data", str(ROOT / "data" / "train.jsonl"))
+
+    # another run is at work there
+    held = os.open(out, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    refused("another run is writing there", "--resume")
+    os.close(held)
+
+    # a byte of the newest checkpoint has turned, then it is cut: back to the one before, to the same end
+    for damage in (lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:], lambda b: b[: len(b) // 2]):
+        path = next(newest.glob("*.safetensors"))
+        path.write_bytes(damage(path.read_bytes()))
+        alphapo.main([*args, "--resume"])
+        assert "checkpoint-000006 is damaged" in capsys.readouterr().out and weights_of(out) == final
+        unfinish(out)
+    for folder in out.glob("checkpoint-*"):
+        (folder / "state.json").write_text("{")
+    refused("no checkpoint in out is whole", "--resume")
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write, calls = alphapo.save_file, []
+
+    def full(values, path):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        write(values, path)
+
+    monkeypatch.setattr(alphapo, "save_file", full)
     with pytest.raises(SystemExit) as exit:
-        alphapo.main(args)
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and line in error and len(error.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
+        alphapo.main([*map(str, SHORT)])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 1 and "No space left on device" in error and "--resume" in error
+    assert checkpoints(tmp_path / "out") == ["checkpoint-000001", "checkpoint-000002"]
+    assert not list((tmp_path / "out").glob(".partial-*"))
+    alphapo.main([*map(str, SHORT), "--resume"])  # space was made
+    alphapo.main([*map(str, SHORT), "--out", "whole"])
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_names_step_and_pairs_and_keeps_the_last_state(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text(
+        "".join(
+            json.dumps(GOOD | {"prompt": f"Say {i}: ", "rejected": "owl" * (i % 5 + 1)}) + "\n"
+            for i in range(8)
+        )
+    )
+    with pytest.raises(SystemExit) as exit:  # alpha * |logp| is beyond double precision at once
+        alphapo.main(["--data", "pairs.jsonl", "--eval-split", "0", "--alpha", "1e4", "--batch-size", "4"])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 1 and "step 1" in error and "pairs.jsonl:" in error and "--alpha" in error
+    assert checkpoints(tmp_path / "out") == ["checkpoint-000000"]
+
+
+def torchrun(*args, cwd, code=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command += [str(ROOT / "alphapo.py"), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=250)
+    assert (done.returncode == 0) == (code == 0), done.stderr
+    return done
+
+
+def test_two_processes_are_one_and_resume_their_shards(tmp_path):
+    """Ten steps over gloo, of a batch that does not divide evenly; then the end again from a checkpoint."""
+    args = [
+        "--max-steps",
+        10,
+        "--batch-size",
+        13,
+        "--data",
+        ROOT / "data" / "eval.jsonl",
+        "--dtype",
+        "float32",
+    ]
+    torchrun(*args, "--out", "two", "--save-every", 5, cwd=tmp_path)
+    run(*args, "--out", "one", cwd=tmp_path)
+    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        a["tokens_per_second"] = b["tokens_per_second"] = 0
+        assert a == pytest.approx(b, abs=1e-5, rel=1e-5)
+    final = weights_of(tmp_path / "two")
+    unfinish(tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoint-000010")
+    refused = run(*args, "--out", "two", "--resume", cwd=tmp_path, code=2)
+    assert "of 2 processes, not 1" in refused.stderr
+    torchrun(*args, "--out", "two", "--resume", cwd=tmp_path)
+    assert weights_of(tmp_path / "two") == final
+
+
+def test_a_rank_that_fails_ends_the_others_with_its_message(tmp_path):
+    done = torchrun("--data", "nowhere.jsonl", cwd=tmp_path, code=1)
+    assert "alphapo: nowhere.jsonl: not loaded" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_nothing_is_pickled(tmp_path):
+    source = (ROOT / "alphapo.py").read_text()
+    assert "torch.load" not in source and "torch.save(" not in source and "import pickle" not in source
+    run("--max-steps", 2, "--batch-size", 4, "--save-every", 1, "--eval-split", 0, cwd=tmp_path)
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or path.suffix in {".safetensors", ".json", ".jsonl", ".jinja", ".md", ".png"}, (
+            path
+        )
 
 
 def test_bad_rows_end_the_script_before_the_model_is_loaded(tmp_path):
