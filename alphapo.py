@@ -732,22 +732,16 @@ def resolve(config: Config) -> Config:
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"--device {device}: not on this machine; choose cpu, or cuda where torch sees a GPU")
     if config.master_device == "cpu" != device and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(
-            "--master-device cpu: with several GPUs the masters are sharded over them; leave it out"
-        )
+        raise UserError("--master-device cpu: several GPUs have the masters sharded over them; leave it out")
     if config.dtype not in ("auto", "bfloat16", "float32"):
         raise UserError(f"--dtype {config.dtype}: choose auto, bfloat16 or float32")
     if config.master_device not in ("auto", "cpu", device):
-        raise UserError(
-            f"--master-device {config.master_device}: choose auto, cpu{' or cuda' * (device == 'cuda')}"
-        )
+        raise UserError(f"--master-device {config.master_device}: not on this machine; choose auto or cpu")
     if config.dtype == "bfloat16" and not has_bf16(device):
         print(f"note: this {device} only emulates bfloat16; --dtype float32 is exact and faster on it")
     prompt = config.max_prompt_length or config.max_length - min(248, config.max_length // 2)
     if prompt >= config.max_length:
-        raise UserError(
-            f"--max-prompt-length {prompt}: leaves no response in --max-length {config.max_length}"
-        )
+        raise UserError(f"--max-prompt-length {prompt}: leaves nothing of --max-length {config.max_length}")
     cuda, recompute = device == "cuda", config.gradient_checkpointing
     return replace(
         config,
@@ -806,9 +800,8 @@ def run_pairs(policy, pairs, indices, loss_fn, micro_tokens, plain, train=False)
         margins = chosen_rewards - rejected_rewards
         columns = (losses, chosen_rewards, rejected_rewards, margins, margins > 0, chosen, rejected)
         if number < real:
-            figures[:, [position[i] for i in batch]] = torch.stack(
-                [column.detach().double() for column in columns]
-            )
+            columns = torch.stack([column.detach().double() for column in columns])
+            figures[:, [position[i] for i in batch]] = columns
     if size > 1:
         dist.all_reduce(figures)
     figures = figures.cpu()  # the one time that the device is waited for
@@ -840,19 +833,12 @@ def pair_flops(model, pairs) -> np.ndarray:
     prompt, chosen, rejected = np.diff(pairs.bounds).T.astype(float)
     said = chosen + rejected
     attended = (prompt**2 + chosen**2 + rejected**2) / 2 + prompt * said
-    return (
-        6 * (body * (prompt + said) + head.numel() * said)
-        + 12 * config.num_hidden_layers * channels * attended
-    )
+    attention = 12 * config.num_hidden_layers * channels * attended
+    return 6 * (body * (prompt + said) + head.numel() * said) + attention
 
 
-PEAKS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}  # bfloat16, dense
+# operations a second in bfloat16, without sparsity: data sheets
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
 def peak_flops(device, dtype) -> tuple[float, str]:
@@ -951,11 +937,7 @@ def make_plan(config, data) -> tuple[Config, dict]:
         for flag, change in ways.items():
             if replace(changed, **change) != changed and not fits(changed):
                 remedy, changed = [*remedy, flag], replace(changed, **change)
-        remedy = (
-            " ".join(remedy)
-            if fits(changed)
-            else "a machine with more memory, or more GPUs, or a smaller model"
-        )
+        remedy = " ".join(remedy) if fits(changed) else "more memory, more GPUs or a smaller model"
         needs = f"{sum(device.values()):.1f} GiB on {config.device}, of {there[config.device]:.1f}"
         if host:
             needs += f", and {sum(host.values()):.1f} GiB on the host, of {there['cpu']:.1f}"
@@ -1021,19 +1003,18 @@ def flush(path):
 
 def all_agree(flag):
     """Whether the flag is true on every process."""
-    flags = torch.tensor(
-        int(flag), device="cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
-    )
-    if process()[1] > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MIN)
+    if process()[1] == 1:
+        return flag
+    flags = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flags, dist.ReduceOp.MIN)
     return bool(flags)
 
 
-def claim(out, on_exit):
+def claim(out, fresh, on_exit):
     """Make the output folder, or take it over to resume, and lock it until on_exit, an ExitStack, ends.
 
     Raises:
-        UserError: it cannot be written, holds something else, or another run is at work in it.
+        UserError: it cannot be written, or another run is at work in it.
     """
     if process()[0]:
         return
@@ -1046,6 +1027,8 @@ def claim(out, on_exit):
         raise UserError(f"--out {out}: another run is writing there; choose another folder") from error
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; choose another folder") from error
+    if fresh and any(out.iterdir()):
+        raise UserError(f"--out {out}: another run has written there meanwhile; choose another folder")
     for leftover in out.glob(".partial-*"):
         shutil.rmtree(leftover)
 
@@ -1097,9 +1080,7 @@ def newest_checkpoint(out):
         try:
             state = json.loads((folder / "state.json").read_text())
             if state["processes"] != size:
-                raise UserError(
-                    f"{folder}: of {state['processes']} processes, not {size}; resume with as many"
-                )
+                raise UserError(f"{folder}: of {state['processes']} processes, not {size}: resume with those")
             digests = json.loads((folder / f"rank{rank}.json").read_text())
             whole = all(digest(folder / name) == value for name, value in digests.items())
         except (OSError, ValueError, KeyError, TypeError):
@@ -1140,12 +1121,11 @@ def train(config: Config, loss_fn=None) -> dict:
         Stopped: SIGINT or SIGTERM came; the state was saved.
     """
     config, out = resolve(config), Path(config.out)
+    knobs = config.alpha, config.beta, config.gamma
+    loss_fn = loss_fn or (
+        lambda chosen_logps, rejected_logps, *_: alphapo_loss(chosen_logps, rejected_logps, *knobs)
+    )
     with contextlib.ExitStack() as on_exit:
-        loss_fn = loss_fn or (
-            lambda chosen, rejected, *_: alphapo_loss(
-                chosen, rejected, config.alpha, config.beta, config.gamma
-            )
-        )
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -1161,13 +1141,12 @@ def train(config: Config, loss_fn=None) -> dict:
         if there and not (out / "metrics.jsonl").exists():
             raise UserError(f"--out {out}: holds no run of this script to resume; choose another")
         if there:
-            claim(out, on_exit)
+            claim(out, False, on_exit)
             folder, state = newest_checkpoint(out)
         for name, value in (state or {}).get("config", {}).items():
             if name in FIXED.split() and value != getattr(config, name):
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(config, name)}: the run to resume has {value}"
-                )
+                flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
+                raise UserError(f"{flag}: the run to resume has {value}")
 
         data = load_data(config)
         pairs, eval_pairs, train_on, eval_on = data.pairs, data.eval_pairs, data.train_on, data.eval_on
@@ -1180,9 +1159,7 @@ def train(config: Config, loss_fn=None) -> dict:
         torch.manual_seed(config.seed)
         model = load_model(config.model, config.device, config.gradient_checkpointing)
         if max(pairs.tokens.max(), eval_pairs.tokens.max()) >= model.get_input_embeddings().num_embeddings:
-            raise UserError(
-                f"--model {config.model}: its tokenizer has more tokens than its embedding has rows"
-            )
+            raise UserError(f"--model {config.model}: the tokenizer has more tokens than the embedding rows")
         plain, longest = config.plain_rows, max(train_on, key=lambda i: pairs.size(i, False))
         if not plain and (reason := why_plain(model, pairs[longest])):
             plain = True
@@ -1200,13 +1177,11 @@ def train(config: Config, loss_fn=None) -> dict:
         optimizer = MasterAdamW(model, dtype, config.weight_decay, config.master_device)
         run = partial(run_pairs, policy, loss_fn=loss_fn, micro_tokens=config.micro_tokens, plain=plain)
         epoch_steps, steps = math.ceil(len(train_on) / config.batch_size), plan["steps"]
-        knobs = f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g}"
-        print(
-            f"{knobs} (gamma/beta {config.gamma / config.beta:g}), {steps} steps of {config.batch_size} pairs"
-        )
+        print("alpha {:g}, beta {:g}, gamma {:g}".format(*knobs), end="")
+        print(f" (gamma/beta {config.gamma / config.beta:g}), {steps} steps of {config.batch_size} pairs")
 
         if not there:
-            claim(out, on_exit)
+            claim(out, True, on_exit)
         stop = []
 
         def on_signal(number, frame):
@@ -1255,15 +1230,10 @@ def train(config: Config, loss_fn=None) -> dict:
                 norm = optimizer.step(learning_rate, config.max_grad_norm)
             except FloatingPointError as error:
                 checkpoint()
-                where = (
-                    ""
-                    if " at " in str(error)
-                    else f" from {', '.join(pairs.places[i] for i in indices[:10])} ..."
-                )
-                raise FloatingPointError(
-                    f"step {step + 1}: {error}{where}; the {step} steps before are saved: "
-                    "--resume with a lower --learning-rate, or start again with a lower --alpha"
-                ) from error
+                places = ", ".join(pairs.places[i] for i in indices[:10])
+                remedy = "--resume with a lower --learning-rate, or start again with a lower --alpha"
+                message = f"step {step + 1}, pairs {places} ...: {error}; the {step} steps before are saved: {remedy}"
+                raise FloatingPointError(message) from error
             end, tokens = time.perf_counter(), sum(pairs.size(i, plain) for i in indices)
             counts = len(indices), tokens, end - start, end - middle, pair_cost[indices].sum()
             for key, count in zip(totals, counts):
@@ -1271,11 +1241,9 @@ def train(config: Config, loss_fn=None) -> dict:
             metrics |= dict(grad_norm=norm, learning_rate=learning_rate, epoch=(step + 1) / epoch_steps)
             metrics |= dict(tokens_per_second=tokens / (end - start))
             log.write(json.dumps({"step": step + 1} | metrics) + "\n")
-            loss, accuracy, margin = (
-                metrics[key] for key in ("loss", "rewards/accuracies", "rewards/margins")
-            )
-            line = f"loss {loss:.3f}, accuracy {accuracy:.2f}, margin {margin:.3f}, "
-            progress.set_postfix_str(f"{line}{tokens / (end - start):.0f} tokens/s", refresh=False)
+            shown = dict(loss="loss", accuracy="rewards/accuracies", margin="rewards/margins")
+            line = ", ".join(f"{name} {metrics[key]:.3f}" for name, key in shown.items())
+            progress.set_postfix_str(f"{line}, {tokens / (end - start):.0f} tokens/s", refresh=False)
             progress.update()
             state["step"] = step + 1
             if step + 1 < steps and config.eval_every and (step + 1) % config.eval_every == 0:
@@ -1294,16 +1262,16 @@ def train(config: Config, loss_fn=None) -> dict:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if config.device == "cuda":
             peak = torch.cuda.max_memory_allocated()
-        seconds, flops = totals["seconds"], totals["flops"]
-        versions = dict(python=platform.python_version(), torch=torch.__version__)
-        versions |= dict(transformers=transformers.__version__)
+        seconds, versions = (
+            totals["seconds"],
+            dict(torch=torch.__version__, transformers=transformers.__version__),
+        )
+        versions |= dict(python=platform.python_version())
         summary = dict(config=asdict(config), versions=versions, data_sha256=data_sha256, notes=data.notes)
         summary |= dict(plan=plan, processes=size, plain_rows=plain, steps=steps, seconds=seconds)
         summary |= dict(pairs=len(train_on), eval_pairs=len(eval_on), peak_memory_gib=peak / GIB)
-        summary |= dict(
-            pairs_per_second=totals["pairs"] / seconds, tokens_per_second=totals["tokens"] / seconds
-        )
-        summary |= dict(flops_per_second=flops / seconds, share_of_peak=flops / seconds / plan["peak_flops"])
+        summary |= {f"{key}_per_second": totals[key] / seconds for key in ("pairs", "tokens", "flops")}
+        summary |= dict(share_of_peak=totals["flops"] / seconds / plan["peak_flops"])
         summary |= dict(optimizer_share=totals["updating"] / seconds, before=state["before"], after=after)
         save(model, data.tokenizer, summary, out)
         return summary
