@@ -613,11 +613,8 @@ class MasterAdamW:
             group["lr"] = learning_rate
 
         def fetch(part):  # pinned by torch, and copied while the host updates the part before
-            return {
-                i: grads[i].mul_(clip).to(self.device, non_blocking=True)
-                for i in part
-                if grads[i] is not None
-            }
+            there = [i for i in part if grads[i] is not None]
+            return {i: grads[i].mul_(clip).to(self.device, non_blocking=True) for i in there}
 
         coming = fetch(self.parts[0])
         for following in [*self.parts[1:], []]:

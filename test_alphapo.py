@@ -297,6 +297,19 @@ def test_split_plain_rows_and_checkpointing_change_neither_metrics_nor_gradients
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles for a CPU with a C++ compiler")
+def test_compiled_layers_change_neither_metrics_nor_gradients():
+    model = small_model("llama")
+    model.model.layers = model.model.layers[:1]
+    metrics, grads = metrics_and_gradients(model, 10**6)
+    (layer,) = alphapo.decoder_layers(model)
+    layer.compile(dynamic=True)
+    other = metrics_and_gradients(model, 10**6)
+    assert other[0] == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+    for a, b in zip(other[1], grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 def test_metrics_are_means_over_pairs():
     model, triples = small_model("llama"), random_pairs(6)
     metrics = alphapo.run_pairs(
@@ -1315,3 +1328,13 @@ def test_dpo_trains_from_its_reference_and_two_runs_are_drawn(tmp_path):
     else:
         with pytest.raises(alphapo.UserError, match="pip install matplotlib"):
             alphapo.plot_curves([tmp_path / "dpo"], tmp_path / "two.png")
+
+
+def test_the_table_in_the_readme_is_that_of_the_kept_runs():
+    results = json.loads((ROOT / "data" / "study.json").read_text())
+    assert module_of("study").table_text(results) in (ROOT / "README.md").read_text()
+
+
+def test_every_flag_is_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert not [name for name in vars(alphapo.Config()) if f"| `--{name.replace('_', '-')}` |" not in text]

@@ -299,7 +299,7 @@ def figures(results, folder):
 
     rows, keys = table(results), ["score", "accuracy", "tokens", "chosen"]
     figure, axes = new_figure(len(keys), 11)
-    titles = "judged score", "held-out accuracy", "tokens a response", "change of chosen logp"
+    titles = "judged score (0 to 1)", "held-out accuracy", "response (tokens)", "change of chosen logp (nats)"
     for axis, key, title in zip(axes, keys, titles):
         means, halves = zip(*(cells[key] for *_, cells in rows))
         axis.errorbar(range(len(rows)), means, halves, fmt="o", color="#2a7fd4", capsize=3)
