@@ -99,7 +99,8 @@ def run_trl(args, model, data, out):
     settings = CPOConfig(
         output_dir=str(out), loss_type="alphapo", alpha=0.25, beta=2.5, simpo_gamma=0.25, learning_rate=1e-6,
         per_device_train_batch_size=micro, gradient_accumulation_steps=args.batch_size // micro, num_train_epochs=1,
-        max_length=args.max_length, bf16=args.dtype == "bfloat16", gradient_checkpointing=args.checkpointing,
+        seed=0, lr_scheduler_type="constant", max_length=args.max_length,
+        bf16=args.dtype == "bfloat16", gradient_checkpointing=args.checkpointing,
         use_cpu=not cuda, save_strategy="no", report_to=[], remove_unused_columns=False, disable_tqdm=True,
     )  # fmt: skip
     trainer = CPOTrainer(
