@@ -9,7 +9,8 @@ so decides how far training lets the probability of the chosen response fall (li
 
     python alphapo.py                                            # the model and pairs in data/, on any CPU
     python alphapo.py --model mistral-7b-instruct --alpha 0.25   # a preset: model, data and settings
-    python alphapo.py --model FOLDER --data PAIRS.jsonl --learning-rate 1e-6
+    python alphapo.py --model FOLDER --data PAIRS.jsonl --learning-rate 1e-6 --save-every 50
+    torchrun --nproc-per-node 8 alphapo.py --model mistral-7b-instruct
     python alphapo.py --help
 
 From top to bottom: the loss, log-probabilities, data, model, optimizer, training loop, command line. Each
@@ -948,7 +949,7 @@ def plan_text(config, plan):
     lines[0] += f"at 40 % of {plan['peak_flops'] / 1e12:.3g} TFLOP/s ({plan['peak_source']})"
     for place, sizes in ((config.device, plan["device_gib"]), ("host", plan["host_gib"])):
         if sizes:
-            parts = ", ".join(f"{kind} {size:.2f}" for kind, size in sizes.items())
+            parts = ", ".join(f"{kind} {size:.2f}" for kind, size in sizes.items() if size >= 0.005)
             lines.append(f"memory on {place}: about {sum(sizes.values()):.1f} GiB ({parts})")
     return "\n".join(lines)
 
@@ -1177,6 +1178,7 @@ def train(config: Config, loss_fn=None) -> dict:
         print("alpha {:g}, beta {:g}, gamma {:g}".format(*knobs), end="")
         print(f" (gamma/beta {config.gamma / config.beta:g}), {steps} steps of {config.batch_size} pairs")
 
+        all_agree(True)  # no process looks at the folder any more before another makes it
         if not there:
             claim(out, True, on_exit)
         stop = []
