@@ -691,7 +691,7 @@ class Config:
     max_length: int = knob(2048, "tokens of a prompt and a response; the response loses its end")
     max_prompt_length: int | None = knob(None, "tokens left of a prompt if a pair is too long (max-length - 248)")
     micro_tokens: int | None = knob(None, "padded tokens a micro-batch (16384 on cuda, 1024 on cpu)")
-    gradient_checkpointing: bool | None = knob(None, "recompute layers in the backward pass (on cuda: yes)")
+    gradient_checkpointing: bool | None = knob(None, "recompute layers in the backward pass: true, false (cuda: true)")
     plain_rows: bool = knob(False, "run prompts twice and use the model's own logits, as other trainers do")
     device: str | None = knob(None, "cuda or cpu (cuda where there is one)")
     dtype: str = knob("auto", "compute in bfloat16 or float32 (auto: bfloat16 where the device has it)")
@@ -928,7 +928,7 @@ def make_plan(config, data) -> tuple[Config, dict]:
     if not fits(config):
         ways = {
             "--master-device cpu": dict(master_device="cpu"),
-            "--gradient-checkpointing": dict(gradient_checkpointing=True),
+            "--gradient-checkpointing true": dict(gradient_checkpointing=True),
             f"--micro-tokens {longest}": dict(micro_tokens=longest),
         }
         remedy, changed = [], config
