@@ -605,8 +605,7 @@ class MasterAdamW:
             FloatingPointError: the norm is not finite; no weight was changed.
         """
         grads = self.sums or [param.grad for param in self.params]
-        norm = torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of FSDP's shards
+        norm = whole(torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None]))
         if not norm.isfinite():
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
         clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -659,6 +658,11 @@ class MasterAdamW:
 def local(tensor):
     """This rank's shard of a tensor under FSDP, any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor):
+    """A tensor under FSDP gathered from all ranks, any other tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 # -------------------------------------------------------------------------------- training loop
@@ -825,7 +829,7 @@ def pair_flops(model, pairs) -> np.ndarray:
     """
     config, head = model.config.get_text_config(), model.get_output_embeddings().weight
     tied = head is model.get_input_embeddings().weight
-    body = sum(param.numel() for param in model.parameters()) - head.numel() * (1 if tied else 2)
+    body = model.num_parameters() - head.numel() * (1 if tied else 2)
     heads = config.num_attention_heads
     channels = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     prompt, chosen, rejected = np.diff(pairs.bounds).T.astype(float)
@@ -862,7 +866,7 @@ def memory_needed(config, model, longest, plain) -> tuple[dict, dict]:
 
     Activations are estimates: the values that a Llama layer keeps for its backward pass.
     """
-    text, count = model.config.get_text_config(), sum(param.numel() for param in model.parameters())
+    text, count = model.config.get_text_config(), model.num_parameters()
     item, tokens = (2 if config.dtype == "bfloat16" else 4), max(config.micro_tokens, longest)
     tokens = min(tokens, config.batch_size * longest)
     width, layers = text.hidden_size, text.num_hidden_layers
@@ -922,7 +926,7 @@ def make_plan(config, data) -> tuple[Config, dict]:
     peak, source = peak_flops(config.device, config.dtype)
     peak *= process()[1]
     flops = pair_flops(model, pairs)[train_on].sum() * share
-    plan = dict(parameters=sum(param.numel() for param in model.parameters()), steps=steps)
+    plan = dict(parameters=model.num_parameters(), steps=steps)
     plan |= dict(tokens=int(np.diff(pairs.bounds)[train_on].sum() * share), device_gib=device, host_gib=host)
     plan |= dict(hours=flops / (0.4 * peak) / 3600, peak_flops=peak, peak_source=source)
     if not fits(config):
@@ -1080,10 +1084,10 @@ def newest_checkpoint(out):
             if state["processes"] != size:
                 raise UserError(f"{folder}: of {state['processes']} processes, not {size}: resume with those")
             digests = json.loads((folder / f"rank{rank}.json").read_text())
-            whole = all(digest(folder / name) == value for name, value in digests.items())
+            intact = all(digest(folder / name) == value for name, value in digests.items())
         except (OSError, ValueError, KeyError, TypeError):
-            whole = False
-        if all_agree(whole):
+            intact = False
+        if all_agree(intact):
             return folder, state
         print(f"note: {folder} is damaged; going back to the one before")
     if folders:
@@ -1102,6 +1106,31 @@ class Stopped(Exception):
 
 # what a resumed run cannot change without being another run
 FIXED = "model data eval_data eval_split seed batch_size epochs max_steps max_length max_prompt_length dtype plain_rows"
+
+
+def take_over(config, out, on_exit):
+    """Whether the output folder holds a run to resume, and its newest checkpoint: (there, folder, state).
+
+    Raises:
+        UserError: it holds something else, or a run that is finished, at work, damaged or of other settings.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; choose another")
+    there, folder, state = out.exists() and any(out.iterdir()), None, None
+    if there and not config.resume:
+        raise UserError(f"--out {out}: is not empty; choose another, or --resume the run in it")
+    if (out / "summary.json").exists():
+        raise UserError(f"--out {out}: the run in it is finished; choose another")
+    if there and not (out / "metrics.jsonl").exists():
+        raise UserError(f"--out {out}: holds no run of this script to resume; choose another")
+    if there:
+        claim(out, False, on_exit)
+        folder, state = newest_checkpoint(out)
+    for name, value in (state or {}).get("config", {}).items():
+        if name in FIXED.split() and value != getattr(config, name):
+            flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
+            raise UserError(f"{flag}: the run to resume has {value}")
+    return there, folder, state
 
 
 def train(config: Config, loss_fn=None) -> dict:
@@ -1129,22 +1158,7 @@ def train(config: Config, loss_fn=None) -> dict:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
         rank, size = process()
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out}: is a file; choose another")
-        there, folder, state = out.exists() and any(out.iterdir()), None, None
-        if there and not config.resume:
-            raise UserError(f"--out {out}: is not empty; choose another, or --resume the run in it")
-        if (out / "summary.json").exists():
-            raise UserError(f"--out {out}: the run in it is finished; choose another")
-        if there and not (out / "metrics.jsonl").exists():
-            raise UserError(f"--out {out}: holds no run of this script to resume; choose another")
-        if there:
-            claim(out, False, on_exit)
-            folder, state = newest_checkpoint(out)
-        for name, value in (state or {}).get("config", {}).items():
-            if name in FIXED.split() and value != getattr(config, name):
-                flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
-                raise UserError(f"{flag}: the run to resume has {value}")
+        there, folder, state = take_over(config, out, on_exit)
 
         data = load_data(config)
         pairs, eval_pairs, train_on, eval_on = data.pairs, data.eval_pairs, data.train_on, data.eval_on
@@ -1261,11 +1275,8 @@ def train(config: Config, loss_fn=None) -> dict:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if config.device == "cuda":
             peak = torch.cuda.max_memory_allocated()
-        seconds, versions = (
-            totals["seconds"],
-            dict(torch=torch.__version__, transformers=transformers.__version__),
-        )
-        versions |= dict(python=platform.python_version())
+        seconds, versions = totals["seconds"], dict(python=platform.python_version())
+        versions |= dict(torch=torch.__version__, transformers=transformers.__version__)
         summary = dict(config=asdict(config), versions=versions, data_sha256=data_sha256, notes=data.notes)
         summary |= dict(plan=plan, processes=size, plain_rows=plain, steps=steps, seconds=seconds)
         summary |= dict(pairs=len(train_on), eval_pairs=len(eval_on), peak_memory_gib=peak / GIB)
@@ -1327,14 +1338,14 @@ def save(model, tokenizer, summary, out):
 
     All into a folder of another name first, and the summary is the last to be moved: it says that all is there.
     """
-    whole, state = {}, model.state_dict(keep_vars=True)
+    written, state = {}, model.state_dict(keep_vars=True)
     for param in state.values():  # tied weights are one parameter under two names
-        if id(param) not in whole:
-            full = param.detach().full_tensor() if hasattr(param, "full_tensor") else param.detach()
-            whole[id(param)] = full.to("cpu", torch.bfloat16 if full.is_floating_point() else full.dtype)
+        if id(param) not in written:
+            full = whole(param.detach())
+            written[id(param)] = full.to("cpu", torch.bfloat16 if full.is_floating_point() else full.dtype)
     if process()[0]:
         return
-    state = {name: whole[id(param)] for name, param in state.items()}
+    state = {name: written[id(param)] for name, param in state.items()}
     with torch.device("meta"):  # the architecture alone, for the config to say bfloat16
         shell = type(model)(model.config).to(torch.bfloat16)
     shell.generation_config = model.generation_config

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -1225,10 +1226,22 @@ def test_a_rank_that_fails_ends_the_others_with_its_message(tmp_path):
     assert "alphapo: nowhere.jsonl: not loaded" in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_nothing_is_pickled(tmp_path):
+def test_nothing_is_pickled(tmp_path, monkeypatch):
+    """Neither by the source nor, with every way to pickle barred, by a run that saves and one that resumes it."""
     source = (ROOT / "alphapo.py").read_text()
     assert "torch.load" not in source and "torch.save(" not in source and "import pickle" not in source
-    run("--max-steps", 2, "--batch-size", 4, "--save-every", 1, "--eval-split", 0, cwd=tmp_path)
+
+    def barred(*args, **kwargs):
+        raise AssertionError("something was pickled")
+
+    for module, names in ((torch, ["load", "save"]), (pickle, ["load", "loads", "dump", "dumps"])):
+        for name in names:
+            monkeypatch.setattr(module, name, barred)
+    monkeypatch.chdir(tmp_path)
+    args = ["--max-steps", "2", "--batch-size", "4", "--save-every", "1", "--eval-split", "0"]
+    alphapo.main(args)
+    unfinish(tmp_path / "out")
+    alphapo.main([*args, "--resume"])
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or path.suffix in {".safetensors", ".json", ".jsonl", ".jinja", ".md", ".png"}, (
             path

@@ -322,25 +322,30 @@ def make(out):
         (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def judge_model(folder, responses=4):
-    """Print the mean score and length of sampled responses to the held-out prompts, and the score for each kind."""
-    torch.manual_seed(SEED)
+def judge_answers(folder, rows, responses=4, seed=SEED):
+    """Sample responses to each row's prompt: their mean score a row, and the mean length in tokens."""
+    torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    rows = [json.loads(line) for line in (DATA / "eval.jsonl").read_text().splitlines()]
     answers = sample(model, tokenizer, [row["prompt"][0]["content"] for row in rows], responses)
-    kinds, means, lengths = {}, [], []
-    for row, texts in zip(rows, answers, strict=True):
-        scores = [judge(row["kind"], row["reference"], text) for text, _ in texts]
-        means.append(sum(scores) / responses)
-        lengths += [tokens for _, tokens in texts]
-        kinds.setdefault(row["kind"], []).append(means[-1])
+    scores = [
+        sum(judge(row["kind"], row["reference"], text) for text, _ in texts) / responses
+        for row, texts in zip(rows, answers, strict=True)
+    ]
+    return scores, sum(tokens for texts in answers for _, tokens in texts) / (len(rows) * responses)
+
+
+def judge_model(folder, responses=4):
+    """Print the mean score and length of sampled responses to the held-out prompts, and the score for each kind."""
+    rows = [json.loads(line) for line in (DATA / "eval.jsonl").read_text().splitlines()]
+    means, length = judge_answers(folder, rows, responses)
+    kinds = {}
+    for row, mean in zip(rows, means, strict=True):
+        kinds.setdefault(row["kind"], []).append(mean)
     score = sum(means) / len(means)
     error = math.sqrt(sum((mean - score) ** 2 for mean in means) / (len(means) - 1) / len(means))
     print(f"{folder}: {responses} responses to each of {len(rows)} held-out prompts")
-    print(
-        f"mean score {score:.3f} +- {error:.3f} (standard error), mean length {sum(lengths) / len(lengths):.1f} tokens"
-    )
+    print(f"mean score {score:.3f} +- {error:.3f} (standard error), mean length {length:.1f} tokens")
     print("  ".join(f"{kind} {sum(values) / len(values):.2f}" for kind, values in sorted(kinds.items())))
 
 

@@ -23,11 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DATA = Path(__file__).resolve().parent
 sys.path[:0] = [str(DATA.parent), str(DATA)]
-from make_tiny import judge, sample  # noqa: E402
+from make_tiny import judge_answers  # noqa: E402
 
 import alphapo  # noqa: E402
 
@@ -98,18 +97,10 @@ def run(method, rate, seed, train, held_out, folder, **settings):
         return alphapo.train(config, ReferenceDPO(config, DPO_BETA) if method == "DPO" else None)
 
 
-def judged(folder, rows, responses=4):
-    """The judge's mean score for each prompt, and the mean length of the responses in tokens."""
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    answers = sample(model, tokenizer, [row["prompt"][0]["content"] for row in rows], responses)
-    scores = [
-        np.mean([judge(row["kind"], row["reference"], text) for text, _ in texts])
-        for row, texts in zip(rows, answers)
-    ]
-    length = np.mean([tokens for texts in answers for _, tokens in texts])
-    return dict(scores=np.round(scores, 4).tolist(), score=float(np.mean(scores)), length=float(length))
+def judged(folder, rows):
+    """The judge's mean score for each prompt, their mean, and the mean length of the responses in tokens."""
+    scores, length = judge_answers(folder, rows, seed=0)
+    return dict(scores=np.round(scores, 4).tolist(), score=float(np.mean(scores)), length=length)
 
 
 def curve(folder):
