@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""Draw the curves of one or more runs: python data/curves.py RUN... --out curves.png
+
+alphapo.py calls plot_curves at the end of a run, for curves.png in its folder.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+PANELS = {
+    "loss": ["loss"],
+    "reward margin": ["rewards/margins"],
+    "share of pairs ranked rightly": ["rewards/accuracies"],
+    "log-probability per token (nats)": ["logps/chosen", "logps/rejected"],
+    "change of the held-out log-probability (nats)": [],  # from the evaluations alone
+    "gradient norm": ["grad_norm"],
+}
+GREY = "#808080"  # text and axes: readable on a white and on a black page
+
+
+def read_log(run):
+    """The steps and the evaluations of a run, each as {key: values}."""
+    with open(Path(run) / "metrics.jsonl") as file:
+        log = [json.loads(line) for line in file]
+    parts = []
+    for name in ("loss", "eval_loss"):
+        rows = [metrics for metrics in log if name in metrics]
+        keys = rows[0] if rows else ["step"]
+        parts.append({key: np.array([metrics[key] for metrics in rows]) for key in keys})
+    return parts
+
+
+def running_mean(values):
+    """Mean over a window of a twelfth of the run, narrower at both ends, so that nothing lags."""
+    reach = max(1, len(values) // 24)
+    means = [values[max(0, i - reach) : i + reach + 1].mean() for i in range(len(values))]
+    return np.array(means)
+
+
+def draw_panel(axis, keys, steps, evaluations, colors, names):
+    for key, color, name in zip(keys, colors, names):
+        axis.plot(steps["step"], steps[key], color=color, alpha=0.2, linewidth=0.8)
+        axis.plot(steps["step"], running_mean(steps[key]), color=color, linewidth=1.8, label=name)
+        if f"eval_{key}" in evaluations:
+            axis.plot(evaluations["step"], evaluations[f"eval_{key}"], "o", color=color, mec=GREY)
+
+
+def draw_change(axis, evaluations, colors, names):
+    for side, color, name in zip(("chosen", "rejected"), colors, names):
+        values = evaluations.get(f"eval_logps/{side}", np.zeros(0))
+        axis.plot(evaluations["step"], values - values[:1], "o-", color=color, mec=GREY, label=name)
+    axis.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
+
+
+def title_of(run):
+    """Model and settings of a run, if its summary is written."""
+    summary = Path(run) / "summary.json"
+    if not summary.is_file():
+        return Path(run).name
+    config = json.loads(summary.read_text())["config"]
+    settings = ", ".join(f"{key} {config[key]:g}" for key in ("alpha", "beta", "gamma"))
+    return f"{Path(config['model']).name}: {settings}, learning rate {config['learning_rate']:g}"
+
+
+def plot_curves(runs, path):
+    """Draw the curves of runs (folders with a metrics.jsonl) into one picture of six panels.
+
+    Single steps are faint, a running mean is drawn over them, and held-out evaluations are dots.
+    One run has a colour for each kind of response; of several runs each has its own colour, and
+    their rejected responses are left out.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    keys = "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color axes.titlecolor"
+    style = {key: GREY for key in keys.split()} | {"font.size": 9, "svg.fonttype": "none"}
+    with rc_context(style):
+        figure = Figure(figsize=(12, 6.4), layout="constrained")
+        figure.subplots(2, 3)
+        for number, run in enumerate(runs):
+            steps, evaluations = read_log(run)
+            colors, names = ["#2a86d8", "#e0702a"], ["chosen", "rejected"]
+            if len(runs) > 1:
+                colors, names = [f"C{number}"], [Path(run).name]
+            for axis, keys in zip(figure.axes, PANELS.values()):
+                if keys:
+                    draw_panel(axis, keys, steps, evaluations, colors, names)
+                else:
+                    draw_change(axis, evaluations, colors, names)
+        for axis, title in zip(figure.axes, PANELS):
+            axis.set(title=title, xlabel="step")
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        for axis in figure.axes[3:5] if len(runs) == 1 else figure.axes[:1]:
+            axis.legend(frameon=False)
+        figure.suptitle(title_of(runs[0]) if len(runs) == 1 else f"{len(runs)} runs", color=GREY)
+        note = "faint: single steps; line: running mean; dots: held-out pairs"
+        figure.supxlabel(note, color=GREY, fontsize=8)
+        figure.savefig(path, transparent=True, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", help="output folders of alphapo.py")
+    parser.add_argument("--out", default="curves.png")
+    args = parser.parse_args()
+    for run in args.runs:
+        if not (Path(run) / "metrics.jsonl").is_file():
+            parser.error(f"{run}: holds no metrics.jsonl; give the --out folder of a run")
+    plot_curves(args.runs, args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
