@@ -1,103 +1,94 @@
 # SPDX-License-Identifier: MIT
-"""AlphaPO in one file: align a language model from preference pairs.
+"""AlphaPO in one file: align a language model from pairs of a chosen and a rejected response.
 
-    reward   r(y|x) = (1 - p^-alpha) / alpha      with log p = (1/|y|) sum_t log pi(y_t | x, y_<t)
-    loss     -log sigmoid(beta * (r(chosen) - r(rejected)) - gamma)
+    logp   = (1/|y|) * sum_t log pi(y_t | x, y_<t)       mean log-probability per token
+    reward = (1 - exp(-alpha * logp)) / alpha            alpha -> 0 gives logp, which is SimPO
+    loss   = -log sigmoid(beta * (reward(chosen) - reward(rejected)) - gamma)
 
-alpha = 0 is SimPO, where r = log p. A larger alpha presses harder on responses that are already unlikely, and
-so decides how far training lets the probability of the chosen response fall (likelihood displacement).
-
-    python alphapo.py                                            # the model and pairs in data/, on any CPU
-    python alphapo.py --model mistral-7b-instruct --alpha 0.25   # a preset: model, data and settings
-    python alphapo.py --model FOLDER --data PAIRS.jsonl --learning-rate 1e-6 --save-every 50
+    python alphapo.py                                            # the tiny model, on any CPU
+    python alphapo.py --model mistral-7b-instruct --alpha 0.25   # a preset: model, data, settings
+    python alphapo.py --model FOLDER --data PAIRS.jsonl --learning-rate 1e-6
     torchrun --nproc-per-node 8 alphapo.py --model mistral-7b-instruct
-    python alphapo.py --help
 
-From top to bottom: the loss, log-probabilities, data, model, optimizer, training loop, command line. Each
-part uses only what stands above it, and the loss needs nothing but torch: copy it.
+Left out on purpose: a reference model (the method needs none), a second pass over the prompt, whole
+logits (a model that needs those two gets them), LoRA, and code or pickles that come with a model.
 
-AlphaPO: arXiv 2501.03884 (Gupta et al., 2025). SimPO: arXiv 2405.14734 (Meng et al., 2024).
+Each section uses only what stands above it: loss, settings, pairs, model, rows and
+log-probabilities, gradients, weights, checkpoints, plan, training, command line.
+
+AlphaPO: Gupta et al. 2025, arXiv 2501.03884. SimPO: Meng et al. 2024, arXiv 2405.14734.
 """
 
+import argparse
 import contextlib
+import difflib
 import fcntl
+import functools
 import hashlib
 import json
+import logging
 import math
 import os
-import platform
+import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports without a traceback
+
+import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm  # comes with transformers
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.hf_argparser import HfArg
 
-# -------------------------------------------------------------------------------- the loss
 
+# ------------------------------------------------------------------------------------ the loss
+def alphapo_reward(logps, alpha):
+    """Reward (1 - exp(-alpha * logp)) / alpha of each response, before beta (arXiv 2501.03884).
 
-def alphapo_reward(logps: torch.Tensor, alpha: float) -> torch.Tensor:
-    """The reward of AlphaPO before it is scaled by beta: (1 - p^-alpha) / alpha (arXiv 2501.03884).
-
-    Args:
-        logps: mean log-probability per token (nats) of each response, any shape.
-        alpha: shape of the reward; 0 gives log p itself, SimPO's reward and the limit from both sides.
-
-    Returns:
-        Rewards in float64, same shape. Where -alpha * logps > 709, beyond float64, they are -inf without a
-        gradient: a pair with its rejected response there is done (loss 0), any other gives inf or nan.
+    logps: mean log-probability per token (nats), any shape. alpha: 0 gives logps, SimPO's reward.
+    Returns float64, same shape: expm1 keeps the digits that 1 - exp(.) loses near alpha = 0.
     """
     logps = logps.double()
-    if alpha == 0:
-        return logps
-    exponent = -alpha * logps
-    # near 0 exp(x) - 1 loses the value, far below 0 expm1 loses the gradient: each where it is exact
-    power = torch.expm1(exponent.clamp(max=709.0)).masked_fill(exponent > 709.0, torch.inf)
-    return -torch.where(exponent < -1.0, exponent.clamp(max=0.0).exp() - 1.0, power) / alpha
+    return -torch.expm1(-alpha * logps) / alpha if alpha else logps
 
 
-def alphapo_loss(
-    chosen_logps: torch.Tensor, rejected_logps: torch.Tensor, alpha: float, beta: float, gamma: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The AlphaPO loss, -log sigmoid(m) with m = beta * (r(chosen) - r(rejected)) - gamma (arXiv 2501.03884).
+def alphapo_loss(chosen_logps, rejected_logps, alpha, beta, gamma):
+    """The AlphaPO loss, -log sigmoid(m) with m = beta * (r(chosen) - r(rejected)) - gamma.
 
-    Its gradient is -sigmoid(-m) * beta * exp(-alpha * chosen_logps) with respect to chosen_logps, and
-    sigmoid(-m) * beta * exp(-alpha * rejected_logps) with respect to rejected_logps. Hence, for logps < 0:
-    alpha -> -inf drives both to zero; so does alpha -> +inf where the chosen response is the likelier, for
-    sigmoid(-m) vanishes faster than the power grows. Where it is not, sigmoid(-m) is sigmoid(gamma) or more,
-    and both grow without bound, as exp(alpha * |logps|): this is why alpha is small in practice.
+    Its gradient is -sigmoid(-m) * beta * exp(-alpha * chosen_logps) for the chosen log-probability,
+    and sigmoid(-m) * beta * exp(-alpha * rejected_logps) for the rejected one (arXiv 2501.03884).
 
     Args:
-        chosen_logps, rejected_logps: mean log-probability per token (nats) of the responses, (pairs,) each.
+        chosen_logps, rejected_logps: mean log-probability per token (nats), (pairs,) each.
         alpha: shape of the reward; 0 is SimPO.
         beta: scale of the reward.
-        gamma: target margin between the scaled rewards: the margin itself, not SimPO's ratio gamma/beta.
+        gamma: target margin. It is the margin itself, while SimPO's settings state gamma / beta.
 
     Returns:
-        (losses, chosen_rewards, rejected_rewards), one value a pair, in the dtype of chosen_logps; rewards are
-        multiplied by beta and carry no gradient.
+        (losses, chosen_rewards, rejected_rewards), (pairs,) each, in the dtype of chosen_logps.
+        Rewards are multiplied by beta and carry no gradient.
 
     Raises:
-        ValueError: the shapes differ, and would broadcast to a loss over pairs that are none.
+        ValueError: the shapes differ, so that broadcasting would compare the wrong responses.
     """
     if chosen_logps.shape != rejected_logps.shape:
-        raise ValueError(
-            f"chosen_logps {chosen_logps.shape} and rejected_logps {rejected_logps.shape} differ"
-        )
-    # float64: the two rewards often agree to three digits, and so few numbers cost nothing
+        raise ValueError(f"shapes differ: {chosen_logps.shape} and {rejected_logps.shape}")
     chosen_rewards = beta * alphapo_reward(chosen_logps, alpha)
     rejected_rewards = beta * alphapo_reward(rejected_logps, alpha)
     losses = -torch.nn.functional.logsigmoid(chosen_rewards - rejected_rewards - gamma)
@@ -105,80 +96,488 @@ def alphapo_loss(
     return losses.to(dtype), chosen_rewards.detach().to(dtype), rejected_rewards.detach().to(dtype)
 
 
-# -------------------------------------------------------------------------------- log-probabilities
+# ------------------------------------------------------------------------------------ settings
+class UserError(Exception):
+    """A mistake that the user can correct: printed as one line, exit status 2."""
+
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
+TINY = Path(__file__).resolve().parent / "data" / "tiny"
+# fmt: off
+PRESETS = {
+    "tiny": dict(
+        model=str(TINY), data=str(TINY / "train.jsonl"), eval_data=str(TINY / "eval.jsonl"),
+        alpha=0.25, beta=2.5, gamma=0.1, learning_rate=2e-4, batch_size=32, epochs=2,
+        eval_every=16),
+    # AlphaPO's Table 3 as quoted by TRL's paper index and a public implementation note. The table
+    # states gamma / beta (0.1, 0.3, 0.5); our gamma is that times beta.
+    "mistral-7b-instruct": dict(
+        model="mistralai/Mistral-7B-Instruct-v0.2", alpha=0.25, beta=2.5, gamma=0.25,
+        data="princeton-nlp/mistral-instruct-ultrafeedback", learning_rate=7e-7),
+    "llama-3-8b-instruct": dict(
+        model="meta-llama/Meta-Llama-3-8B-Instruct", alpha=0.25, beta=10.0, gamma=3.0,
+        data="princeton-nlp/llama3-ultrafeedback-armorm", learning_rate=1.1e-6),
+    "gemma-2-9b-it": dict(
+        model="google/gemma-2-9b-it", alpha=0.1, beta=10.0, gamma=5.0,
+        data="princeton-nlp/gemma2-ultrafeedback-armorm", learning_rate=8e-7),
+}
+Device = Literal["auto", "cuda", "cpu"]
 
 
 @dataclass
+class Config:
+    """Every setting of a run, each also a flag. Config(**PRESETS[name]) is a preset."""
+
+    model: str = HfArg(default="tiny", help="a preset, a model folder or a hub id")
+    data: str | None = HfArg(default=None, help="pairs: a file or OWNER/NAME[:SPLIT] of the hub")
+    eval_data: str | None = HfArg(default=None, help="held-out pairs, named likewise")
+    eval_split: float = HfArg(default=0.02, help="share of pairs to hold out without --eval-data")
+    out: str = HfArg(default="out", help="folder for the aligned model and the run's figures")
+    alpha: float = HfArg(default=0.25, help="shape of the reward; 0 is SimPO")
+    beta: float = HfArg(default=2.5, help="scale of the reward")
+    gamma: float = HfArg(default=0.25, help="target margin; SimPO's gamma/beta times beta")
+    learning_rate: float = HfArg(default=7e-7, help="peak, after warm-up and before a cosine")
+    batch_size: int = HfArg(default=128, help="pairs per optimizer step")
+    epochs: int = HfArg(default=1, help="passes over the pairs")
+    max_steps: int | None = HfArg(default=None, help="stop after so many optimizer steps")
+    warmup_ratio: float = HfArg(default=0.1, help="share of the steps that warm up")
+    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient to this norm")
+    max_length: int = HfArg(default=2048, help="tokens of prompt and response together")
+    max_prompt_length: int | None = HfArg(default=None, help="of a cut prompt (max-length - 248)")
+    micro_tokens: int | None = HfArg(default=None, help="per forward pass (cuda 16384, cpu 512)")
+    gradient_checkpointing: bool | None = HfArg(default=None, help="recompute layers (cuda: true)")
+    plain_rows: bool = HfArg(default=False, help="compute each prompt twice, as other trainers do")
+    device: Device = HfArg(default="auto", help="where the model computes")
+    dtype: Literal["auto", "bfloat16", "float32"] = HfArg(default="auto", help="of the computation")
+    master_device: Device = HfArg(default="auto", help="where float32 weights and moments live")
+    compile: bool = HfArg(default=False, help="compile the layers: slow to start, then faster")
+    plan: bool = HfArg(default=False, help="say what the run needs, load no weights, and stop")
+    eval_every: int | None = HfArg(default=None, help="evaluate every so many steps too")
+    save_every: int | None = HfArg(default=None, help="write a checkpoint every so many steps")
+    resume: bool = HfArg(default=False, help="continue from the newest checkpoint in --out")
+    seed: int = HfArg(default=42, help="of the order of the pairs and the held-out share")
+# fmt: on
+
+
+def resolve(config: Config) -> Config:
+    """Fill in the settings that depend on the machine or on others; UserError for a wrong one."""
+    above_0 = "beta learning_rate batch_size epochs max_steps max_grad_norm max_length "
+    above_0 += "max_prompt_length micro_tokens eval_every save_every"
+    for name, value in asdict(config).items():
+        shown = f"--{name.replace('_', '-')} {value}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{shown}: must be a finite number")
+        if name in above_0.split() and value is not None and value <= 0:
+            raise UserError(f"{shown}: must be above 0")
+        if name in ("gamma", "seed", "eval_split", "warmup_ratio") and value < 0:
+            raise UserError(f"{shown}: must be 0 or more")
+        if name in ("eval_split", "warmup_ratio") and value >= 1:
+            raise UserError(f"{shown}: must be below 1")
+    if config.data is None:
+        presets = ", ".join(PRESETS)
+        raise UserError(
+            f"--data is missing: name a file of pairs, or a preset as --model: {presets}"
+        )
+    config, gpu = replace(config), torch.cuda.is_available()
+    if "cuda" in (config.device, config.master_device) and not gpu:
+        raise UserError("--device cuda, --master-device cuda: torch sees no GPU; leave them out")
+    if config.device == "auto":
+        config.device = "cuda" if gpu else "cpu"
+    on_gpu = config.device == "cuda"
+    if config.dtype == "auto":
+        config.dtype = "bfloat16" if on_gpu else "float32"
+    if config.gradient_checkpointing is None:
+        config.gradient_checkpointing = on_gpu
+    if os.path.isdir(config.model):
+        config.model = os.path.abspath(config.model)  # a resumed run may start in another folder
+    config.micro_tokens = config.micro_tokens or (16384 if on_gpu else 512)
+    room = min(248, config.max_length // 2)  # what a cut prompt leaves to its responses
+    config.max_prompt_length = config.max_prompt_length or config.max_length - room
+    if config.max_prompt_length >= config.max_length:
+        raise UserError("--max-prompt-length: must be below --max-length")
+    return config
+
+
+def first_line(error):
+    """What an exception says, without the paragraphs that some libraries add."""
+    return getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or repr(error)
+
+
+@contextlib.contextmanager
+def one_line(what, remedy):
+    """Turn whatever a library raises inside into one line: what failed, why, and the remedy."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {first_line(error)} ({remedy})") from error
+
+
+@functools.cache
+def ask_hub():
+    """Find out once whether the hub answers: without a network, libraries retry for a minute."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def from_pretrained(kind, name, **options):
+    """Load a config, tokenizer or model from a folder, the hub or its cache, or raise UserError."""
+    remedy = "a model folder holds config.json, a tokenizer and safetensors; try: git lfs pull"
+    if not os.path.isdir(name):
+        ask_hub()
+        remedy = "no such folder; a hub id needs a network or a filled cache, and for a gated "
+        remedy += "model (Llama, Gemma) its licence accepted on the hub and: hf auth login"
+        near = difflib.get_close_matches(name, PRESETS, 1)
+        if near and "/" not in name:
+            remedy = f"did you mean {near[0]}?"
+    with one_line(f"--model {name}: not loaded", remedy):
+        return kind.from_pretrained(name, **options)
+
+
+# ------------------------------------------------------------------------------------ pairs
+@dataclass
+class Pairs:
+    """Tokenized pairs in flat arrays: a million pairs of 1,000 tokens take 4 GB."""
+
+    tokens: np.ndarray  # int32: prompt, chosen, rejected, prompt, ...
+    bounds: np.ndarray  # int64 (pairs, 4): where prompt, chosen and rejected start, and the end
+    places: list[str]  # file:line of each pair, for messages
+    notes: Counter  # what was dropped or truncated while reading, by reason
+
+    def __len__(self):
+        return len(self.bounds)
+
+    def __getitem__(self, i):
+        start, chosen, rejected, end = self.bounds[i]
+        return self.tokens[start:chosen], self.tokens[chosen:rejected], self.tokens[rejected:end]
+
+    def take(self, indices):
+        """The pairs at these indices, in this order, over the same tokens."""
+        places = [self.places[i] for i in indices]
+        return Pairs(self.tokens, self.bounds[indices], places, Counter())
+
+    def row_tokens(self, plain):
+        """Tokens that each pair takes in a micro-batch before padding, (pairs,)."""
+        prompt, chosen, rejected = np.diff(self.bounds).T
+        return 2 * (prompt + np.maximum(chosen, rejected)) if plain else prompt + chosen + rejected
+
+
+def read_rows(name):
+    """Yield (place, row) from a file or hub data set. JSON lines stay bytes until parse_row."""
+    if name.endswith((".jsonl", ".json")):
+        content = Path(name).read_bytes()
+        if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            lines = enumerate(content.split(b"\n"), 1)
+            yield from ((f"{name}:{number}", line) for number, line in lines if line.strip())
+            return
+        rows = json.loads(content, parse_int=float)
+    elif name.endswith((".parquet", ".csv")) and os.path.isfile(name):
+        import datasets  # takes seconds
+
+        rows = datasets.load_dataset(Path(name).suffix[1:], data_files=name, split="train")
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not os.path.exists(name):
+        ask_hub()  # before the import, which looks whether the hub is to be used
+        import datasets
+
+        repository, _, split = name.partition(":")
+        rows = datasets.load_dataset(repository, split=split or "train")
+    else:
+        raise ValueError("neither a .jsonl, .json, .parquet or .csv file nor a hub id")
+    yield from ((f"{name}: row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def messages_of(value, key):
+    """The role and content of each message of a conversation, or ValueError."""
+    expected = f'"{key}" must be a text, or messages with texts as "role" and "content"'
+    if not value or not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
+        raise ValueError(expected)
+    messages = [{"role": m.get("role"), "content": m.get("content")} for m in value]
+    texts = [text for message in messages for text in message.values()]
+    if not all(isinstance(text, str) for text in texts) or any(m.get("tool_calls") for m in value):
+        raise ValueError(f"{expected}, and without tool_calls")
+    return messages
+
+
+def parse_row(row):
+    """A data row in one of TRL's preference formats as (prompt, chosen, rejected), or ValueError.
+
+    All are texts or all are messages, and both responses begin with the prompt. A prompt of None
+    stands for whatever two texts have in common.
+    """
+    if isinstance(row, bytes):
+        try:  # as float, since an integer of 5,000 digits in some other column would be an error
+            row = json.loads(row.decode("utf-8-sig"), parse_int=float)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not valid JSON: {error}") from error
+    if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
+        raise ValueError('not an object with "chosen" and "rejected"')
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if all(isinstance(text, str) for text in (prompt or "", chosen, rejected)):
+        # {"prompt": "2+2=", "chosen": "4", "rejected": "5"}, or the same without a prompt
+        return prompt, (prompt or "") + chosen, (prompt or "") + rejected
+    chosen, rejected = messages_of(chosen, "chosen"), messages_of(rejected, "rejected")
+    if isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        # {"prompt": "Hi", "chosen": [assistant], "rejected": [assistant]}
+        prompt = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, str | None):
+        # {"chosen": [user, assistant], "rejected": [user, assistant]}; UltraFeedback adds a text
+        prompt = chosen[:-1]
+    else:
+        # {"prompt": [user], "chosen": [assistant], "rejected": [assistant]}
+        prompt = messages_of(prompt, "prompt")
+    sides = [s if s[: len(prompt)] == prompt else prompt + s for s in (chosen, rejected)]
+    roles = [[message["role"] for message in side[len(prompt) :]] for side in sides]
+    if not prompt or prompt[-1]["role"] == "assistant" or roles != [["assistant"], ["assistant"]]:
+        raise ValueError("must be a prompt that ends with the user, then one assistant message")
+    return prompt, *sides
+
+
+def render(prompt, chosen, rejected, tokenizer):
+    """Token ids of the prompt, of prompt + chosen and of prompt + rejected, with one BOS at most.
+
+    Prompt and response are tokenized together, because tokenizers merge across the boundary.
+    """
+    texts = [chosen if prompt is None else prompt, chosen, rejected]
+    is_chat = isinstance(chosen, list)
+    if is_chat and not tokenizer.chat_template:
+        raise UserError("the pairs are conversations: --model must have a chat template")
+    try:
+        if is_chat:
+            template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+            texts = [template(prompt, add_generation_prompt=True), *map(template, texts[1:])]
+        # a template writes BOS itself or wants none
+        encoded = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
+    except Exception as error:  # jinja and tokenizers raise kinds of their own
+        raise ValueError(f"chat template or tokenizer refuse it: {first_line(error)}") from error
+    bos = tokenizer.bos_token_id
+    return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded]
+
+
+def end_turn(ids, tokenizer, special):
+    """Cut a response after its first end-of-turn token, or add one: (ids, whether it has content).
+
+    Templates write white space (ChatML) or a second special token (Phi-3) after the end of a turn,
+    and the mean over the response's tokens must not count those.
+    """
+    end, end_of_turn = len(ids), None  # walk back to the last token that says something
+    while end and (ids[end - 1] in special or not tokenizer.decode(ids[end - 1]).strip()):
+        end -= 1
+        end_of_turn = end if ids[end] in special else end_of_turn
+    if end_of_turn is not None:
+        return ids[: end_of_turn + 1], end > 0
+    return ids + [i for i in [tokenizer.eos_token_id] if i is not None], end > 0
+
+
+def encode_row(row, tokenizer, special, max_length, max_prompt_length, notes):
+    """Token ids (prompt, chosen, rejected) of a data row, None if it cannot teach, or ValueError.
+
+    Where a pair is too long, the prompt loses its beginning, then the responses lose their ends.
+    """
+    prompt, chosen, rejected = parse_row(row)
+    encoded = render(prompt, chosen, rejected, tokenizer)
+    shared = len(os.path.commonprefix(encoded))  # which takes lists too
+    if prompt is None:  # each response keeps one token at least
+        shared = min(shared, len(encoded[1]) - 1, len(encoded[2]) - 1)
+    prompt = encoded[0][:shared]
+    chosen, chosen_speaks = end_turn(encoded[1][shared:], tokenizer, special)
+    rejected, rejected_speaks = end_turn(encoded[2][shared:], tokenizer, special)
+    if not (prompt and chosen_speaks and rejected_speaks):
+        notes[f"pairs dropped for an empty {'response' if prompt else 'prompt'}"] += 1
+        return None
+    if not {chosen[-1], rejected[-1]} <= special:
+        notes["pairs without an end of turn, because the tokenizer has no EOS token"] += 1
+    if len(prompt) + max(len(chosen), len(rejected)) > max_length:
+        if len(prompt) > max_prompt_length:
+            notes["prompts truncated"] += 1
+            bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
+            prompt = bos + prompt[len(prompt) - max_prompt_length + len(bos) :]
+        room = max_length - len(prompt)
+        if max(len(chosen), len(rejected)) > room:
+            notes["pairs with a response truncated"] += 1
+        chosen, rejected = chosen[:room], rejected[:room]
+    if chosen == rejected:
+        notes["pairs dropped for equal responses"] += 1
+        return None
+    return prompt, chosen, rejected
+
+
+def load_pairs(name, tokenizer, max_length, max_prompt_length) -> Pairs:
+    """Read, check and tokenize pairs; UserError names the first ten bad rows as file:line."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = special.union(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    tokens, lengths, places, notes, errors = [], [], [], Counter(), []
+    limits = max_length, max_prompt_length
+    with one_line(f"{name}: not loaded", "name a file of pairs, or a hub data set within reach"):
+        rows = tqdm(read_rows(name), f"reading {name}", unit=" rows", leave=False, disable=None)
+        for place, row in rows:
+            try:
+                pair = encode_row(row, tokenizer, special, *limits, notes)
+            except ValueError as error:
+                errors.append(f"{place}: {first_line(error)}")
+                continue
+            if pair:
+                tokens.append(np.concatenate(pair).astype(np.int32))
+                lengths.append([len(part) for part in pair])
+                places.append(place)
+    if errors:
+        more = [f"... and {len(errors) - 10} more bad rows"] if len(errors) > 10 else []
+        raise UserError("\n".join(errors[:10] + more))
+    if not places:
+        reasons = ", ".join(f"{count} {what}" for what, count in notes.items())
+        raise UserError(f"{name}: has no usable pair: {reasons or 'it is empty'}")
+    ends = np.cumsum(lengths).reshape(-1, 3)
+    bounds = np.column_stack([np.append(0, ends[:-1, 2]), ends])
+    return Pairs(np.concatenate(tokens), bounds, places, notes)
+
+
+def load_data(config):
+    """(tokenizer, pairs to train on, held-out pairs); UserError where none is left to train on."""
+    tokenizer = from_pretrained(AutoTokenizer, config.model)
+    limits = config.max_length, config.max_prompt_length
+    read = load_pairs(config.data, tokenizer, *limits)
+    order = np.random.default_rng(config.seed).permutation(len(read))
+    held_out = 0 if config.eval_data else math.ceil(config.eval_split * len(read))
+    if held_out == len(read):
+        raise UserError(f"--eval-split {config.eval_split}: holds out all {held_out} pairs")
+    pairs, eval_pairs = read.take(order[held_out:]), read.take(order[:held_out])
+    if config.eval_data:
+        eval_pairs = load_pairs(config.eval_data, tokenizer, *limits)
+    pairs.notes = read.notes + eval_pairs.notes
+    print("the first pair as the model sees it:")
+    for part, ids in zip(("prompt", "chosen", "rejected"), read[0]):
+        text = repr(tokenizer.decode(ids))
+        print(f"  {part:9}{text if len(text) < 87 else f'{text[:41]} ... {text[-41:]}'}")
+    print(f"{len(pairs)} pairs to train on, {len(eval_pairs)} held out")
+    for what, count in pairs.notes.items():
+        print(f"note: {count} {what}")
+    return tokenizer, pairs, eval_pairs
+
+
+# ------------------------------------------------------------------------------------ the model
+def load_config(name):
+    """The config of a model, with every dropout off."""
+    config = from_pretrained(AutoConfig, name)
+    for part in (config, config.get_text_config()):
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
+    return config
+
+
+def empty_model(name):
+    """The model on the meta device, without weights, or UserError."""
+    config = load_config(name)
+    with one_line(f"--model {name}", "choose a causal language model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if model.get_output_embeddings() is None:
+            raise ValueError("it has no projection onto a vocabulary")
+        return model
+
+
+def load_model(name, checkpointing=False):
+    """A causal language model in float32 on the CPU. UserError where files and config disagree,
+    because transformers would make up the weights that are missing."""
+    options = dict(config=load_config(name), dtype=torch.float32, use_safetensors=True)
+    options |= dict(ignore_mismatched_sizes=True, output_loading_info=True)
+    model, report = from_pretrained(AutoModelForCausalLM, name, **options)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            names = [key if isinstance(key, str) else key[0] for key in report[kind]]
+            what = f"{len(names)} {kind.replace('_', ' ')}, such as {min(names)}"
+            raise UserError(f"--model {name}: {what}; download config and weights again")
+    embedding = model.get_input_embeddings()
+    # a tied weight has a dense gradient from the projection; the lookup then adds a few rows to it
+    embedding.sparse = model.get_output_embeddings().weight is embedding.weight
+    if checkpointing and hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    elif checkpointing:  # before transformers 5.18
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train(checkpointing)  # layers are recomputed in training mode only
+
+
+# -------------------------------------------------------------------- rows and log-probabilities
+@dataclass
 class Rows:
-    """A micro-batch of pairs as padded token rows, and the positions that predict its response tokens."""
+    """A micro-batch of pairs as padded token rows, and where their response tokens are."""
 
     input_ids: torch.Tensor  # (rows, time)
-    position_ids: torch.Tensor  # (rows, time): the rejected response starts again where the chosen one did
+    position_ids: torch.Tensor  # (rows, time): rejected starts again where chosen started
     segments: torch.Tensor  # (rows, time): 0 prompt, 1 chosen, 2 rejected, -1 padding
-    sources: torch.Tensor  # (tokens,): the position, in the flattened rows, that predicts each response token
-    targets: torch.Tensor  # (tokens,): the response tokens, pair by pair, chosen before rejected
+    sources: torch.Tensor  # (tokens,): index into rows * time that predicts each response token
+    targets: torch.Tensor  # (tokens,): response tokens, pair by pair, chosen before rejected
     lengths: list[int]  # (2 * pairs,): tokens of each response
-    plain: bool  # two rows a pair, [prompt | chosen] and [prompt | rejected], in place of one
+    plain: bool  # two rows [prompt | chosen] and [prompt | rejected] per pair instead of one
 
 
 def make_rows(pairs, plain=False, device="cpu") -> Rows:
-    """Lay out (prompt, chosen, rejected) token arrays as rows [prompt | chosen | rejected], or plain rows."""
-    layouts = []  # of each row: its prompt, and the responses that follow, by segment
-    for prompt, chosen, rejected in pairs:
-        both = (prompt, {1: chosen, 2: rejected})
-        layouts += [(prompt, {1: chosen}), (prompt, {2: rejected})] if plain else [both]
-    width = max(len(prompt) + sum(map(len, responses.values())) for prompt, responses in layouts)
-    input_ids, position_ids = np.zeros((2, len(layouts), width), np.int64)
-    segments = np.full((len(layouts), width), -1)
-    sources, targets = [], []
-    for row, (prompt, responses) in enumerate(layouts):
-        end = len(prompt)
-        input_ids[row, :end], position_ids[row, :end], segments[row, :end] = prompt, np.arange(end), 0
-        for segment, response in responses.items():
-            start, end = end, end + len(response)
-            input_ids[row, start:end], segments[row, start:end] = response, segment
-            position_ids[row, start:end] = len(prompt) + np.arange(len(response))
-            # the last token of the prompt predicts the first of both responses
-            sources.append(row * width + np.r_[len(prompt) - 1, start : end - 1])
-            targets.append(response.astype(np.int64))
-    flat = (input_ids, position_ids, segments, np.concatenate(sources), np.concatenate(targets))
-    return Rows(*(torch.from_numpy(x).to(device) for x in flat), [len(x) for x in targets], plain)
+    """Lay out pairs as rows [prompt | chosen | rejected], or as two plain rows each.
 
-
-def attention_masks(config, rows: Rows, dtype):
-    """The mask of shared rows, (rows, 1, time, time), or a dict of masks by kind of layer if there are kinds.
-
-    A token sees the prompt and its own response, up to itself and no further back than the window.
-
-    Raises:
-        NotImplementedError: the model has layers that are not attention over a row.
+    Args:
+        pairs: (prompt, chosen, rejected) arrays of token ids.
+        plain: repeat the prompt for each response, as other trainers do.
+        device: where the tensors go.
     """
+    layouts = []  # per row: its parts as (segment, token ids), the prompt first
+    for prompt, chosen, rejected in pairs:
+        parts = [(0, prompt), (1, chosen), (2, rejected)]
+        layouts += [[parts[0], parts[1]], [parts[0], parts[2]]] if plain else [parts]
+    width = max(sum(len(ids) for _, ids in parts) for parts in layouts)
+    width = math.ceil(width / 8) * 8  # on CUDA, attention copies a mask of any other width
+    input_ids, position_ids = np.zeros((2, len(layouts), width), np.int64)
+    segments, sources, targets = np.full((len(layouts), width), -1), [], []
+    for row, parts in enumerate(layouts):
+        end, prompt_end = 0, len(parts[0][1])
+        for segment, ids in parts:
+            start, end = end, end + len(ids)
+            input_ids[row, start:end], segments[row, start:end] = ids, segment
+            position_ids[row, start:end] = np.arange(len(ids)) + (prompt_end if segment else 0)
+            if segment:  # the last token of the prompt predicts the first of either response
+                sources.append(row * width + np.append(prompt_end - 1, np.arange(start, end - 1)))
+                targets.append(ids.astype(np.int64))
+    arrays = input_ids, position_ids, segments, np.concatenate(sources), np.concatenate(targets)
+    tensors = map(torch.from_numpy, arrays)
+    if torch.device(device).type == "cuda":  # out of pinned memory, the copy does not wait
+        tensors = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+    return Rows(*tensors, [len(ids) for ids in targets], plain)
 
-    def mask(window):
-        query, key = rows.segments[:, :, None], rows.segments[:, None, :]
-        allowed = ((key == query) | (key == 0)).tril_()
-        if window is not None:
-            allowed &= rows.position_ids[:, :, None] - rows.position_ids[:, None, :] < window
-        # additive, for eager attention adds whatever it is given: a bool mask would be wrong without a word
-        zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-        return zeros.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
-    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+def attention_masks(config, rows, dtype):
+    """Mask of shared rows, (rows, 1, time, time), or a dict of masks where layers are of two kinds.
+
+    A token sees the prompt and its own response, up to itself and within the layer's window. Raises
+    NotImplementedError where layers are not attention over the row.
+    """
+    query, key = rows.segments[:, :, None], rows.segments[:, None, :]
+    seen = ((key == query) | (key == 0)).tril()
+    distance = rows.position_ids[:, :, None] - rows.position_ids[:, None, :]
+
+    def additive(window):
+        # eager attention adds the mask to the scores, so a bool mask would be silently wrong
+        masked = ~seen if window is None else ~(seen & (distance < window))
+        mask = torch.zeros(masked.shape, dtype=dtype, device=masked.device)
+        return mask.masked_fill_(masked, torch.finfo(dtype).min)[:, None]
+
+    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
+    kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds:
-        return mask(window)
-    if not kinds <= {"full_attention", "sliding_attention"}:
+        return additive(windows["sliding_attention"])
+    if not kinds <= windows.keys():
         raise NotImplementedError(f"it has layers of kind {', '.join(sorted(kinds))}")
-    return {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
+    return {kind: additive(windows[kind]) for kind in kinds}
 
 
 class ProjectedLogps(torch.autograd.Function):
     """Log-probabilities of target tokens from hidden states, one chunk of logits at a time.
 
-    The backward pass computes the logits again, so that no more than a chunk of them ever exists. Checkpoints
-    of chunks would do it too, with nearly twice the memory: they hold a gradient of the weights for each chunk.
+    The backward pass computes the logits again, so only one chunk of them exists at any time.
     """
 
-    chunk = 2**24  # logits: 64 MiB; larger ones were no faster
+    # logits per chunk: on CUDA larger, because each chunk reads the whole projection again
+    chunk = {"cpu": 2**24, "cuda": 2**28, "meta": 2**28}
 
     @staticmethod
     def logits(hidden, weight, softcap):
@@ -187,10 +586,11 @@ class ProjectedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap):
-        """hidden (tokens, width), weight (vocabulary, width), targets (tokens,) -> (tokens,) in float32."""
-        ctx.size, ctx.softcap = max(1, ProjectedLogps.chunk // len(weight)), softcap
+        """hidden (tokens, width), weight (vocabulary, width), targets (tokens,) -> (tokens,)."""
+        size = max(1, ProjectedLogps.chunk[hidden.device.type] // len(weight))
+        ctx.softcap, ctx.size = softcap, size  # of tokens
         normalizers, logps = [], []
-        for h, t in zip(hidden.split(ctx.size), targets.split(ctx.size)):
+        for h, t in zip(hidden.split(size), targets.split(size)):
             logits = ProjectedLogps.logits(h, weight, softcap)
             normalizers.append(logits.logsumexp(1))
             logps.append(logits.gather(1, t[:, None])[:, 0] - normalizers[-1])
@@ -200,632 +600,390 @@ class ProjectedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, targets, normalizers = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        for h, grad_h, t, normalizer, g in zip(
-            *(x.split(ctx.size) for x in (hidden, grad_hidden, targets, normalizers, grad))
-        ):
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        chunks = [x.split(ctx.size) for x in (hidden, grad_hidden, targets, normalizers, grad)]
+        for h, grad_h, t, normalizer, g in zip(*chunks):
             logits = ProjectedLogps.logits(h, weight, ctx.softcap)
             slope = 1.0 if ctx.softcap is None else 1.0 - (logits / ctx.softcap) ** 2
-            grad_logits = logits.sub_(normalizer[:, None]).exp_().mul_(-g[:, None])  # g * (onehot - softmax)
-            grad_logits = grad_logits.scatter_add_(1, t[:, None], g[:, None]).mul_(slope).to(h.dtype)
+            # d logp / d logits = onehot(target) - softmax(logits)
+            grad_logits = logits.sub_(normalizer[:, None]).exp_().mul_(-g[:, None])
+            grad_logits.scatter_add_(1, t[:, None], g[:, None])
+            grad_logits = grad_logits.mul_(slope).to(h.dtype)
             torch.mm(grad_logits, weight, out=grad_h)
-            grad_weight += grad_logits.T @ h
+            product = (grad_logits.T @ h).float()  # float32, because the chunks are summed
+            grad_weight = product if grad_weight is None else grad_weight.add_(product)
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
-def pair_logps(model, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean log-probability per token (nats): (chosen_logps, rejected_logps), float32, (pairs,) each.
+def pair_logps(model, rows: Rows):
+    """Mean log-probability per token (nats) in float32: (chosen_logps, rejected_logps), (pairs,).
 
-    Shared rows go through the decoder under masks of our own, and only the positions that predict a response
-    token are projected onto the vocabulary. Plain rows go through the model's own forward pass.
+    Shared rows run through the decoder under our masks, and only response tokens are projected onto
+    the vocabulary. Plain rows run through the model's own forward pass.
 
     Raises:
-        NotImplementedError: shared rows are not made for this model.
+        NotImplementedError: shared rows do not cover a part of this model.
     """
-    width = rows.input_ids.shape[1]
+    head, inputs = model.get_output_embeddings(), dict(input_ids=rows.input_ids, use_cache=False)
     if rows.plain:
-        keep = width - int((rows.sources % width).min())  # columns of logits, from the first that is needed
-        real = (rows.segments >= 0).long()
-        output = model(rows.input_ids, attention_mask=real, use_cache=False, logits_to_keep=keep)
-        logits = output.logits[rows.sources // width, rows.sources % width - width].float()
+        width = rows.input_ids.shape[1]
+        row, column = rows.sources // width, rows.sources % width
+        kept = width - int(column.min())  # logits further left predict no response token
+        mask = (rows.segments >= 0).long()
+        logits = model(**inputs, attention_mask=mask, logits_to_keep=kept).logits
+        logits = logits[row, column - width].float()
         token_logps = logits.gather(1, rows.targets[:, None])[:, 0] - logits.logsumexp(1)
     else:
-        config, head = model.config.get_text_config(), model.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
             raise NotImplementedError("its projection has a bias")
-        masks = attention_masks(config, rows, model.dtype)
-        inputs = dict(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=masks)
-        hidden = model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[rows.sources]
+        config = model.config.get_text_config()
+        masks = attention_masks(config, rows, model.get_input_embeddings().weight.dtype)
+        output = model.base_model(**inputs, position_ids=rows.position_ids, attention_mask=masks)
+        hidden = output[0].flatten(0, 1)[rows.sources]
         softcap = getattr(config, "final_logit_softcapping", None)
         token_logps = ProjectedLogps.apply(hidden, head.weight, rows.targets, softcap)
     means = [response.mean() for response in token_logps.split(rows.lengths)]
     return torch.stack(means[0::2]), torch.stack(means[1::2])
 
 
-class Policy(torch.nn.Module):
-    """pair_logps as a module: FSDP makes embedding and projection whole tensors inside its forward pass."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, rows):
-        return pair_logps(self.model, rows)
-
-
 @torch.no_grad()
-def why_plain(model, pair) -> str | None:
-    """Compare shared with plain rows on one pair, in float32: None where they agree, else what is wrong.
+def check_model(model, pair):
+    """Compare shared rows with the model's own forward pass, on one pair and in float32.
 
-    Where they agree, they do to 5e-7; a state that runs along the row, or logits scaled after the projection,
-    show as 1e-3 and more.
+    Returns (None or why shared rows are wrong for this model, plain log-probabilities (2,)). Right
+    rows agree to 5e-7; recurrent layers, or logits scaled after the projection, are 1e-3 off and
+    more, so 1e-4 tells them apart. Raises UserError where the model is not causal or not finite.
     """
-    plain = torch.stack(pair_logps(model, make_rows([pair], plain=True, device=model.device)))
+    tokens = torch.from_numpy(np.append(*pair[:2]).astype(np.int64))[None]
+    after = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    before = model(input_ids=tokens[:, :-1], use_cache=False).logits[0]
+    plain = torch.stack(pair_logps(model, make_rows([pair], plain=True)))[:, 0]
+    if not plain.isfinite().all():
+        raise UserError("--model: its log-probabilities are not finite; download the weights again")
+    if (before - after).abs().max() > 1e-3 * before.abs().max():
+        raise UserError("--model: its tokens see later ones; choose a causal language model")
+    rows = make_rows([pair])
     try:
-        shared = torch.stack(pair_logps(model, make_rows([pair], device=model.device)))
-    except Exception as error:  # what a model does not take, it refuses in a way of its own
-        return first_line(error)
-    difference = (shared - plain).abs().max().item()
-    return (
-        None if difference <= 1e-4 * max(1.0, plain.abs().max()) else f"it would be off by {difference:.1e}"
-    )
+        shared = torch.stack(pair_logps(model, rows))[:, 0]
+    except (NotImplementedError, TypeError, ValueError) as error:  # what models raise at our masks
+        return first_line(error), plain
+    difference, bound = (shared - plain).abs().max().item(), 1e-4 * max(1.0, plain.abs().max())
+    return None if difference <= bound else f"they are off by {difference:.1e}", plain
 
 
-def first_line(error):
-    return str(error).strip().split("\n")[0] or type(error).__name__
+class Policy(torch.nn.Module):
+    """The model with its layout of rows. FSDP gathers embedding and projection for its forward."""
 
+    def __init__(self, model, plain_rows):
+        super().__init__()
+        self.model, self.plain_rows = model, plain_rows
 
-# -------------------------------------------------------------------------------- data
+    def forward(self, pairs, device):
+        return pair_logps(self.model, make_rows(pairs, self.plain_rows, device))
 
 
-class UserError(Exception):
-    """A mistake that the user can mend: printed as it stands, without a traceback; exit status 2."""
+# ------------------------------------------------------------------------------------ gradients
 
-
-@dataclass
-class Pairs:
-    """Tokenized pairs in flat arrays: a million of them with 1,000 tokens each take 4 GB."""
-
-    tokens: np.ndarray  # int32: prompt, chosen, rejected, prompt, ...
-    bounds: np.ndarray  # int64 (pairs, 4): where prompt, chosen and rejected begin, and where the pair ends
-    places: list[str]  # file:line of each pair
-    notes: Counter  # what was dropped or truncated, by reason
-
-    def __len__(self):
-        return len(self.bounds)
-
-    def __getitem__(self, i):
-        start, chosen, rejected, end = self.bounds[i]
-        return self.tokens[start:chosen], self.tokens[chosen:rejected], self.tokens[rejected:end]
-
-    def size(self, i, plain):
-        """Tokens that pair i takes in a micro-batch."""
-        prompt, chosen, rejected = np.diff(self.bounds[i])
-        return int(2 * (prompt + max(chosen, rejected)) if plain else prompt + chosen + rejected)
-
-
-def read_rows(name):
-    """Yield (place, row) of a .jsonl or .json file, or of what the datasets library finds under that name.
-
-    Lines are yielded as bytes, so that one that is no JSON is reported with the other bad rows.
-    """
-    try:
-        if name.endswith((".jsonl", ".json")):
-            with open(name, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if number == 1 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-                        items = enumerate(json.loads(line + file.read()), 1)
-                        yield from ((f"{name}: item {i}", item) for i, item in items)
-                    elif line.strip():
-                        yield f"{name}:{number}", line
-            return
-        import datasets
-
-        repository, _, split = name.partition(":")
-        if Path(name).is_file():
-            rows = datasets.load_dataset(Path(name).suffix[1:], data_files=name, split="train")
-        else:
-            rows = datasets.load_dataset(repository, split=split or "train")
-        yield from ((f"{name}: row {i}", row) for i, row in enumerate(rows, 1))
-    except ImportError as error:
-        raise UserError(f"{name}: anything but .json and .jsonl needs: pip install datasets") from error
-    except Exception as error:  # the datasets library alone raises a dozen kinds
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{name}: not loaded: {reason}; give a file, or a hub id in reach") from error
-
-
-def shared_length(*sequences):
-    """How many items the sequences have in common at their beginning."""
-    columns = enumerate(zip(*sequences))
-    return next((i for i, column in columns if any(x != column[0] for x in column)), min(map(len, sequences)))
-
-
-def messages_of(value, key):
-    """The role and content of each message of a conversation."""
-    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
-        messages = [{"role": m.get("role"), "content": m.get("content")} for m in value]
-        if messages and all(isinstance(text, str) for message in messages for text in message.values()):
-            return messages
-    raise ValueError(f'"{key}" must be a text like the others, or messages with "role" and "content"')
-
-
-def parse_row(row):
-    """A data row as (prompt, chosen, rejected), texts or messages, both responses beginning with the prompt.
-
-    A prompt of None is what two texts have in common.
-
-    Raises:
-        ValueError: the row is none of TRL's preference formats.
-    """
-    if isinstance(row, bytes):
-        try:
-            row = json.loads(row.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"not valid JSON: {error}") from error
-    if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
-        raise ValueError('not an object with "chosen" and "rejected"')
-    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
-    if isinstance(prompt, str | None) and all(isinstance(side, str) for side in sides):
-        return (prompt, *((prompt or "") + side for side in sides))
-    sides = [messages_of(row[key], key) for key in ("chosen", "rejected")]
-    if isinstance(prompt, str) and all(side[0]["role"] == "assistant" for side in sides):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, str | None):  # UltraFeedback's conversations repeat their prompt
-        prompt = sides[0][: min(shared_length(*sides), *(len(side) - 1 for side in sides))]
-    else:
-        prompt = messages_of(prompt, "prompt")
-        sides = [side if side[: len(prompt)] == prompt else prompt + side for side in sides]
-    roles = [[message["role"] for message in side[len(prompt) :]] for side in sides]
-    if not prompt or prompt[-1]["role"] == "assistant" or roles != [["assistant"], ["assistant"]]:
-        raise ValueError("a conversation must be a prompt that ends with the user, and one assistant message")
-    return prompt, *sides
-
-
-def end_turn(ids, tokenizer, special):
-    """Cut a response behind its end-of-turn token, or add one: (ids, whether anything is said before it).
-
-    Behind it templates write white space (ChatML a newline) or a second one (Phi-3).
-    """
-    end, turn = len(ids), None
-    while end and (ids[end - 1] in special or not tokenizer.decode(ids[end - 1]).strip()):
-        end -= 1
-        turn = end if ids[end] in special else turn
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return (ids + eos if turn is None else ids[: turn + 1]), end > 0
-
-
-def encode_row(row, tokenizer, special, max_length, max_prompt_length, notes):
-    """Token ids (prompt, chosen, rejected) of a data row, or None for a dropped pair; notes count the reasons.
-
-    Prompt and response are tokenized together, for tokenizers merge across the boundary; the prompt is
-    what the tokens of the rendered prompt and of both sequences have in common at their beginning.
-
-    Raises:
-        ValueError: the row is malformed, or the chat template refuses it.
-    """
-    prompt, *sides = parse_row(row)
-    texts = [sides[0] if prompt is None else prompt, *sides]
-    if chat := isinstance(prompt, list):
-        if not tokenizer.chat_template:
-            raise UserError(
-                "conversations need a chat template, and this tokenizer has none: take a chat model"
-            )
-        try:
-            render = partial(tokenizer.apply_chat_template, tokenize=False)
-            texts = [render(prompt, add_generation_prompt=True), *map(render, sides)]
-        except Exception as error:  # jinja's kinds, and Python's
-            raise ValueError(f"the chat template refuses it: {first_line(error)}") from error
-    # a template writes BOS itself or wants none; where tokenizer and text both wrote one, one goes
-    try:
-        encoded, bos = tokenizer(texts, add_special_tokens=not chat)["input_ids"], tokenizer.bos_token_id
-    except TypeError as error:
-        raise ValueError("it holds what is no text, such as half of a surrogate pair") from error
-    encoded = [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded]
-    shared = shared_length(*encoded)
-    if prompt is None:
-        shared = min(shared, *(len(ids) - 1 for ids in encoded))
-    prompt = encoded[0][:shared]
-    (chosen, said), (rejected, said_too) = (end_turn(ids[shared:], tokenizer, special) for ids in encoded[1:])
-    if len(prompt) + max(len(chosen), len(rejected)) > max_length:
-        if len(prompt) > max_prompt_length:
-            notes["prompts truncated"] += 1
-            start = prompt[:1] if prompt[0] == bos else []
-            prompt = start + prompt[len(prompt) - max_prompt_length + len(start) :]
-        room = max_length - len(prompt)
-        notes["pairs with a response truncated"] += max(len(chosen), len(rejected)) > room
-        chosen, rejected = chosen[:room], rejected[:room]
-    flaws = {"an empty prompt": not prompt, "an empty response": not (said and said_too)}
-    for flaw, found in (flaws | {"equal responses": chosen == rejected}).items():
-        if found:
-            notes[f"pairs dropped for {flaw}"] += 1
-            return None
-    return prompt, chosen, rejected
-
-
-def load_pairs(name, tokenizer, max_length, max_prompt_length) -> Pairs:
-    """Read, check and tokenize a file or hub data set.
-
-    Raises:
-        UserError: it cannot be read, or rows are malformed; the first ten are named as file:line.
-    """
-    added = tokenizer.added_tokens_decoder.items()
-    special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
-    special.discard(tokenizer.unk_token_id)
-    tokens, lengths, places, notes, errors = [], [], [], Counter(), []
-    for place, row in tqdm(read_rows(name), desc=f"reading {name}", unit=" rows", leave=False, disable=None):
-        try:
-            if pair := encode_row(row, tokenizer, special, max_length, max_prompt_length, notes):
-                tokens.append(np.concatenate(pair).astype(np.int32))
-                lengths.append([len(part) for part in pair])
-                places.append(place)
-        except ValueError as error:
-            errors.append(f"{place}: {error}")
-    if errors:
-        more = f"\n... and {len(errors) - 10} more bad rows" if len(errors) > 10 else ""
-        raise UserError("\n".join(errors[:10]) + more)
-    if not places:
-        raise UserError(
-            f"{name}: no usable pair: {', '.join(f'{n} {what}' for what, n in notes.items()) or 'empty'}"
-        )
-    ends = np.cumsum(lengths).reshape(-1, 3)
-    return Pairs(np.concatenate(tokens), np.c_[np.r_[0, ends[:-1, 2]], ends], places, notes)
-
-
-# -------------------------------------------------------------------------------- model
-
-# fmt: off
-DATA = Path(__file__).parent / "data"
-PRESETS = {
-    "tiny": dict(
-        model=str(DATA / "tiny"), data=str(DATA / "train.jsonl"), eval_data=str(DATA / "eval.jsonl"),
-        alpha=0.25, beta=2.5, gamma=0.1, learning_rate=2e-4, batch_size=32, epochs=2,
-        dtype="float32"),  # for so small a model the faster, on CPUs that have bfloat16 too
-    "mistral-7b-instruct": dict(  # AlphaPO's table 3, as quoted by TRL's paper index
-        model="mistralai/Mistral-7B-Instruct-v0.2", data="princeton-nlp/mistral-instruct-ultrafeedback",
-        alpha=0.25, beta=2.5, gamma=0.1, learning_rate=7e-7),
-    "llama-3-8b-instruct": dict(  # SimPO's released v0.2 recipe, alpha carried over
-        model="meta-llama/Meta-Llama-3-8B-Instruct", data="princeton-nlp/llama3-ultrafeedback-armorm",
-        alpha=0.25, beta=10.0, gamma=3.0, learning_rate=1e-6),
-    "gemma-2-9b-it": dict(  # SimPO's released recipe, alpha a starting point of ours
-        model="google/gemma-2-9b-it", data="princeton-nlp/gemma2-ultrafeedback-armorm",
-        alpha=0.1, beta=10.0, gamma=5.0, learning_rate=8e-7),
-}
-# fmt: on
-
-
-def from_hub(load, name, **options):
-    """Call a from_pretrained; what keeps it from loading is the user's to mend."""
-    try:
-        return load(name, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        remedy = "a model folder holds config.json, tokenizer files and safetensors weights"
-        if not Path(name).is_dir():
-            remedy = "it is no folder here, and as a hub id it needs the hub, or a cache filled before"
-        raise UserError(f"--model {name}: not loaded: {first_line(error)} ({remedy})") from error
-
-
-def model_config(name):
-    """The config of a causal language model, with every dropout that attention reads as a number off.
-
-    Raises:
-        UserError: it cannot be loaded, or is no causal language model.
-    """
-    config = from_hub(AutoConfig.from_pretrained, name)
-    if config.is_encoder_decoder:
-        raise UserError(f"--model {name}: an encoder-decoder; AlphaPO here is for causal language models")
-    for part in (config, config.get_text_config()):
-        for key, value in vars(part).items():
-            if "drop" in key and isinstance(value, float):
-                setattr(part, key, 0.0)
-    return config
-
-
-def load_model(name, device, checkpointing):
-    """A causal language model in float32 with every dropout off.
-
-    Raises:
-        UserError: it cannot be loaded, is no causal language model, or has no safetensors weights.
-    """
-    options = dict(config=model_config(name), dtype=torch.float32, use_safetensors=True)
-    model = from_hub(AutoModelForCausalLM.from_pretrained, name, **options).to(device)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    if checkpointing:  # renamed in transformers 5.18
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    return model.train(checkpointing)  # layers are recomputed in training mode only
-
-
-def decoder_layers(model):
-    """The model's stack of layers: its longest list of modules."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=len, default=[])
-
-
-def has_bf16(device):
-    """Whether the device computes in bfloat16 itself; emulation is slower than float32."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-# -------------------------------------------------------------------------------- optimizer
-
-
-class MasterAdamW:
-    """AdamW on float32 master weights, whatever the model computes in and wherever the masters live.
-
-    At a learning rate of 1e-6 an update is a few millionths of a weight, and bfloat16 keeps eight bits: on
-    bfloat16 weights nearly every update rounds to nothing. So the model computes with copies of the masters,
-    and the gradients of a step's micro-batches are summed in float32. Masters and moments, 12 bytes a
-    parameter, may stay in host memory: of a 7B model that leaves 40 GiB on the GPU in place of 121.
-
-    Args:
-        model: its parameters, in float32 as loaded, become the masters; it gets copies of them in dtype.
-        dtype: what the model computes in.
-        weight_decay: of parameters with two dimensions and more.
-        device: where masters and moments live; None is where the model is.
-    """
-
-    part = 2**28  # parameters updated at a time: a gibibyte of gradients on the host, not all of them
-
-    def __init__(self, model, dtype, weight_decay, device=None):
-        named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        self.names, self.params = zip(*named)
-        self.device = torch.device(device or self.params[0].device)
-        self.masters, self.sums = self.params, None
-        if dtype != torch.float32 or self.device.type != self.params[0].device.type:
-            self.masters, self.sums = [], [None] * len(self.params)
-            for i, param in enumerate(self.params):
-                self.masters.append(param.data.to(self.device))
-                param.data = param.data.to(dtype)
-                param.register_post_accumulate_grad_hook(partial(self.add_gradient, i))
-        self.parts, size = [], math.inf
-        for i, param in enumerate(self.params):
-            if size + param.numel() > self.part:
-                self.parts.append([])
-                size = 0
-            self.parts[-1].append(i)
-            size += param.numel()
-        decayed = dict(params=[m for m in self.masters if m.ndim > 1], weight_decay=weight_decay)
-        others = dict(params=[m for m in self.masters if m.ndim <= 1], weight_decay=0.0)
-        self.adamw = torch.optim.AdamW([decayed, others], betas=(0.9, 0.999), eps=1e-8, fused=True)
-
-    def add_gradient(self, i, param):
-        self.sums[i] = param.grad.float() if self.sums[i] is None else self.sums[i].add_(param.grad)
-        param.grad = None
-
-    @torch.no_grad()
-    def step(self, learning_rate, max_norm):
-        """Clip the summed gradients to max_norm, update the weights, clear the gradients: the norm as it was.
-
-        Raises:
-            FloatingPointError: the norm is not finite; no weight was changed.
-        """
-        grads = self.sums or [param.grad for param in self.params]
-        norm = whole(torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None]))
-        if not norm.isfinite():
-            raise FloatingPointError(f"the gradient norm is {norm.item()}")
-        clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-
-        def fetch(part):  # pinned by torch, and copied while the host updates the part before
-            there = [i for i in part if grads[i] is not None]
-            return {i: grads[i].mul_(clip).to(self.device, non_blocking=True) for i in there}
-
-        coming = fetch(self.parts[0])
-        for following in [*self.parts[1:], []]:
-            if self.params[0].is_cuda:
-                torch.cuda.synchronize()
-            part, coming = coming, fetch(following)
-            for i, grad in part.items():
-                self.masters[i].grad = grad
-            self.adamw.step()  # passes over masters without a gradient
-            for i in part:
-                self.masters[i].grad = None
-                if self.sums:
-                    self.params[i].data.copy_(self.masters[i])
-                    self.sums[i] = None
-        return norm.item()
-
-    def state(self, part):
-        """Masters and moments of a part as {name: tensor}, on the host; of FSDP's tensors this rank's shards."""
-        values = {}
-        for i in part:
-            kept = self.adamw.state.get(self.masters[i], {})
-            for key, value in {"master": self.masters[i].detach(), **kept}.items():
-                values[f"{self.names[i]}:{key}"] = local(value).cpu().contiguous()
-        return values
-
-    @torch.no_grad()
-    def load(self, values):
-        """Take over what state returned."""
-        for i, (name, master) in enumerate(zip(self.names, self.masters)):
-            if f"{name}:master" in values:
-                local(master).copy_(values[f"{name}:master"])
-                self.params[i].data.copy_(master)
-            if f"{name}:step" in values:
-                kept = self.adamw.state[master]
-                kept["step"] = values[f"{name}:step"].to(master.device)
-                for key in ("exp_avg", "exp_avg_sq"):
-                    kept[key] = torch.zeros_like(master)
-                    local(kept[key]).copy_(values[f"{name}:{key}"])
-
-
-def local(tensor):
-    """This rank's shard of a tensor under FSDP, any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def whole(tensor):
-    """A tensor under FSDP gathered from all ranks, any other tensor itself."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-# -------------------------------------------------------------------------------- training loop
-
-
-def knob(default, text):
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class Config:
-    """Every setting of a run; each is a command-line flag too."""
-
-    # fmt: off
-    model: str = knob("tiny", f"a preset ({', '.join(PRESETS)}), a model folder or a hub id")
-    data: str | None = knob(None, "pairs: a .jsonl, .json, .parquet or .csv file, hub-id or hub-id:split")
-    eval_data: str | None = knob(None, "held-out pairs, likewise")
-    eval_split: float = knob(0.02, "share of pairs to hold out if there is no --eval-data")
-    out: str = knob("out", "folder for the aligned model and the figures")
-    alpha: float = knob(0.25, "shape of the reward; 0 is SimPO")
-    beta: float = knob(2.5, "scale of the reward")
-    gamma: float = knob(0.1, "target margin: the margin itself, not SimPO's gamma/beta")
-    learning_rate: float = knob(7e-7, "the highest, after warm-up; a cosine takes it to zero")
-    batch_size: int = knob(128, "pairs an optimizer step")
-    epochs: int = knob(1, "passes over the pairs")
-    max_steps: int | None = knob(None, "end after so many optimizer steps")
-    warmup_ratio: float = knob(0.1, "share of steps in which the learning rate rises")
-    weight_decay: float = knob(0.0, "of matrices")
-    max_grad_norm: float = knob(1.0, "clip gradients to this norm")
-    max_length: int = knob(2048, "tokens of a prompt and a response; the response loses its end")
-    max_prompt_length: int | None = knob(None, "tokens left of a prompt if a pair is too long (max-length - 248)")
-    micro_tokens: int | None = knob(None, "padded tokens a micro-batch (16384 on cuda, 1024 on cpu)")
-    gradient_checkpointing: bool | None = knob(None, "recompute layers in the backward pass: true, false (cuda: true)")
-    plain_rows: bool = knob(False, "run prompts twice and use the model's own logits, as other trainers do")
-    device: str | None = knob(None, "cuda or cpu (cuda where there is one)")
-    dtype: str = knob("auto", "compute in bfloat16 or float32 (auto: bfloat16 where the device has it)")
-    master_device: str = knob("auto", "float32 masters and moments on cuda or cpu (auto: cuda where they fit)")
-    compile: bool = knob(False, "compile the decoder layers: a minute once, then faster and smaller")
-    plan: bool = knob(False, "say what the run takes, from config and data alone, and stop")
-    eval_every: int | None = knob(None, "evaluate every so many steps too, not just first and last")
-    save_every: int | None = knob(None, "write a checkpoint every so many steps (Ctrl-C and SIGTERM write one too)")
-    keep: int = knob(2, "checkpoints to keep")
-    resume: bool = knob(False, "go on from the newest whole checkpoint in --out")
-    seed: int = knob(42, "of the order of the pairs and the held-out share")
-    # fmt: on
-
-
-def resolve(config: Config) -> Config:
-    """Check the settings, and fill in those that depend on others or on the machine.
-
-    Raises:
-        UserError: one is out of range, or two contradict each other.
-    """
-    positive = "beta learning_rate batch_size epochs max_steps max_grad_norm max_length max_prompt_length"
-    positive += " micro_tokens eval_every save_every keep"
-    for name, value in asdict(config).items():
-        flag = f"--{name.replace('_', '-')} {value}: must be"
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{flag} a finite number")
-        if name in positive.split() and value is not None and value <= 0:
-            raise UserError(f"{flag} above 0")
-        if name in ("gamma", "weight_decay", "seed", "eval_split", "warmup_ratio") and value < 0:
-            raise UserError(f"{flag} 0 or more")
-        if name in ("eval_split", "warmup_ratio") and value >= 1:
-            raise UserError(f"{flag} below 1")
-    if config.data is None:
-        raise UserError("--data is needed: only presets bring their own")
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"--device {device}: not on this machine; choose cpu, or cuda where torch sees a GPU")
-    if config.master_device == "cpu" != device and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("--master-device cpu: several GPUs have the masters sharded over them; leave it out")
-    if config.dtype not in ("auto", "bfloat16", "float32"):
-        raise UserError(f"--dtype {config.dtype}: choose auto, bfloat16 or float32")
-    if config.master_device not in ("auto", "cpu", device):
-        raise UserError(f"--master-device {config.master_device}: not on this machine; choose auto or cpu")
-    if config.dtype == "bfloat16" and not has_bf16(device):
-        print(f"note: this {device} only emulates bfloat16; --dtype float32 is exact and faster on it")
-    prompt = config.max_prompt_length or config.max_length - min(248, config.max_length // 2)
-    if prompt >= config.max_length:
-        raise UserError(f"--max-prompt-length {prompt}: leaves nothing of --max-length {config.max_length}")
-    cuda, recompute = device == "cuda", config.gradient_checkpointing
-    return replace(
-        config,
-        device=device,
-        dtype=("bfloat16" if has_bf16(device) else "float32") if config.dtype == "auto" else config.dtype,
-        max_prompt_length=prompt,
-        micro_tokens=config.micro_tokens or (16384 if cuda else 1024),
-        gradient_checkpointing=cuda if recompute is None else recompute,
-    )
-
-
-def micro_batches(pairs, indices, micro_tokens, plain):
-    """Split indices into lists of at most micro_tokens padded tokens: like lengths together, longest first."""
-    batch = []
-    for i in sorted(indices, key=lambda i: -pairs.size(i, plain)):
-        if batch and (len(batch) + 1) * pairs.size(batch[0], plain) > micro_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    yield batch
-
-
-METRICS = ["loss", *(f"rewards/{key}" for key in ("chosen", "rejected", "margins", "accuracies"))]
+METRICS = ["loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
 METRICS += ["logps/chosen", "logps/rejected"]
 
 
-def process():
-    """(rank, number) of the processes that torchrun started; (0, 1) without it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def micro_batches(row_tokens, order, micro_tokens):
+    """Split indices, the longest first, into lists of at most micro_tokens tokens.
+
+    Padding to the longest is counted, but not make_rows' rounding of widths up to 8.
+    """
+    batches = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * row_tokens[batches[-1][0]] <= micro_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
-def run_pairs(policy, pairs, indices, loss_fn, micro_tokens, plain, train=False):
-    """Mean metrics over pairs, of all processes; to train, add the gradients of their mean loss to the model's.
+def run_pairs(policy, pairs, indices, loss_fn, config, train=False):
+    """Mean metrics over the pairs at these indices; to train, sum up the gradients of their loss.
 
-    A micro-batch contributes its sum over the number of all pairs, so that no split changes anything: neither
-    into micro-batches nor over processes.
+    A micro-batch contributes the sum of its losses over the number of all pairs, so neither its
+    size nor the number of processes changes the gradient.
 
     Raises:
-        FloatingPointError: losses are not finite; it names the pairs.
+        FloatingPointError: a loss is not finite; the message names the pairs.
     """
-    (rank, size), device = process(), policy.model.device
-    batches = list(micro_batches(pairs, indices, micro_tokens, plain))
-    while len(batches) % size and len(batches) < len(indices):  # FSDP hangs where ranks run unequally many
-        micro_tokens *= 0.9
-        batches = list(micro_batches(pairs, indices, micro_tokens, plain))
-    real, position = len(batches), {i: n for n, i in enumerate(indices)}
-    batches += [batches[-1]] * (-real % size)  # and these count nothing
-    figures = torch.zeros(len(METRICS), len(indices), dtype=torch.float64, device=device)
-    for number in range(rank, len(batches), size):
-        batch = batches[number]
+    row_tokens = pairs.row_tokens(policy.plain_rows)
+    order = sorted(indices, key=lambda i: -row_tokens[i])
+    shares = [order[rank::WORLD_SIZE] for rank in range(WORLD_SIZE)]
+    batches = [micro_batches(row_tokens, share, config.micro_tokens) for share in shares]
+    work = [(batch, 1) for batch in batches[RANK]]
+    # FSDP hangs where processes run unequally many micro-batches, so some run one more for nothing
+    work += [(order[:1], 0)] * (max(map(len, batches)) - len(work))
+    figures, done = [torch.zeros(len(METRICS), 0, dtype=torch.float64, device=config.device)], []
+    for batch, weight in work:
         with torch.set_grad_enabled(train):
-            chosen, rejected = policy(make_rows([pairs[i] for i in batch], plain, device))
+            chosen, rejected = policy([pairs[i] for i in batch], config.device)
             losses, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected, pairs, batch)
-        if train:  # FSDP takes the mean over ranks, hence times their number
-            (losses.sum() * ((number < real) * size / len(indices))).backward()
+        if train:  # FSDP averages over processes, hence times their number
+            (losses.sum() * (weight * WORLD_SIZE / len(order))).backward()
         margins = chosen_rewards - rejected_rewards
-        columns = (losses, chosen_rewards, rejected_rewards, margins, margins > 0, chosen, rejected)
-        if number < real:
-            columns = torch.stack([column.detach().double() for column in columns])
-            figures[:, [position[i] for i in batch]] = columns
-    if size > 1:
-        dist.all_reduce(figures)
-    figures = figures.cpu()  # the one time that the device is waited for
-    bad = [pairs.places[i] for i, finite in zip(indices, figures[0].isfinite()) if not finite]
-    if bad:
-        raise FloatingPointError(f"the loss is not finite at {', '.join(bad[:10])}")
-    return dict(zip(METRICS, figures.mean(1).tolist()))
+        values = losses, chosen_rewards, rejected_rewards, margins, margins > 0, chosen, rejected
+        if weight:
+            figures.append(torch.stack([value.detach().double() for value in values]))
+            done += batch
+    figures = torch.cat(figures, 1)
+    sums = figures.sum(1)
+    if WORLD_SIZE > 1:
+        dist.all_reduce(sums)
+    means = dict(zip(METRICS, (sums / len(order)).tolist()))  # the only wait for the device
+    if not math.isfinite(means["loss"]):
+        losses = zip(done, figures[0].tolist())
+        places = {pairs.places[i]: None for i, loss in losses if not math.isfinite(loss)}
+        where = ", ".join(list(places)[:10]) or "pairs of another process"
+        raise FloatingPointError(f"the loss is not finite, at {where}")
+    return means
 
 
 def learning_rate_at(step, steps, config):
-    """Linear warm-up, then a cosine that reaches zero one step after the last: no step has a rate of zero."""
+    """Linear warm-up, then a cosine to zero; no step of the run has a rate of zero."""
     warmup = math.ceil(config.warmup_ratio * steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     return config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-def pair_flops(model, pairs) -> np.ndarray:
-    """Floating-point operations to train on each pair, (pairs,): what is needed, not what a layout repeats.
+# ------------------------------------------------------------------------------------ weights
+class MasterAdamW:
+    """AdamW on float32 master weights, whatever the model computes in and wherever masters live.
 
-    Six for each weight and token, the projection counting for response tokens only, and twelve for each layer,
-    attention channel and (query, key) that attends. Recomputation is not counted. Source: PaLM, appendix B.
+    At a learning rate of 1e-6 an update is a few millionths of a weight, and bfloat16 keeps eight
+    bits: on bfloat16 weights nearly every update rounds to nothing. So the model, on device and in
+    dtype, computes with copies of the masters, its float32 parameters, and a step's gradients are
+    summed in float32. Masters and moments take 12 bytes per parameter and live on master_device,
+    the sums take 4 and live on sum_device; both may be the host.
+    """
+
+    def __init__(self, model, device, dtype, master_device, sum_device):
+        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.masters, self.sums, self.sum_device = self.params, {}, sum_device
+        if dtype != torch.float32 or len({device, master_device, sum_device}) > 1:
+            self.masters = {name: p.detach().to(master_device) for name, p in self.params.items()}
+            for name, param in self.params.items():
+                param.data = self.masters[name].to(device, dtype)
+                param.register_post_accumulate_grad_hook(functools.partial(self.add_gradient, name))
+        model.to(device)
+        self.adamws = {}  # one for each parameter, so that gradients visit the host one at a time,
+        # with moments from the start, so that a checkpoint can be read into them
+        for name, master in self.masters.items():
+            adamw = torch.optim.AdamW([master], betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+            moments = dict(exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
+            adamw.state[master] = dict(step=torch.zeros((), device=master_device), **moments)
+            self.adamws[name] = adamw
+        self.buffer = None
+        if master_device != device:  # conversion into fresh, pageable memory takes 15 times as long
+            largest = max(master.numel() for master in self.masters.values())
+            self.buffer = torch.empty(largest, dtype=dtype, pin_memory=True)
+
+    def add_gradient(self, name, param):
+        grad = param.grad.to(self.sum_device)
+        self.sums[name] = self.sums[name].add_(grad) if name in self.sums else grad.float()
+        param.grad = None
+
+    def gradients(self):
+        """The gradients summed so far, by name, in one order wherever they were summed."""
+        gradients = {name: self.sums.get(name, p.grad) for name, p in self.params.items()}
+        return {name: grad for name, grad in gradients.items() if grad is not None}
+
+    def clear(self):
+        """Forget the gradients summed so far."""
+        self.sums = {}
+        for param in self.params.values():
+            param.grad = None
+
+    def release(self):
+        """Free masters and moments: to write the model takes no more memory than to train it."""
+        self.masters, self.adamws, self.sums, self.buffer = {}, {}, {}, None
+
+    def norm(self):
+        """Norm of the summed gradients; FloatingPointError where it is not finite."""
+        norm = torch.nn.utils.get_total_norm(self.gradients().values())
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of FSDP's shards
+        if not norm.isfinite():
+            raise FloatingPointError(f"the gradient norm is {norm.item()}")
+        return norm
+
+    @torch.no_grad()
+    def step(self, learning_rate, max_norm):
+        """Clip the gradients, update masters and model, clear the gradients, and return their norm.
+
+        Raises FloatingPointError, before any weight changes, where the norm is not finite.
+        """
+        norm = self.norm()
+        clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for name, gradient in self.gradients().items():
+            master, adamw = self.masters[name], self.adamws[name]
+            master.grad = gradient.mul_(clip).to(master.device)
+            adamw.param_groups[0]["lr"] = learning_rate
+            adamw.step()
+            adamw.zero_grad()
+            self.copy_to_model(name)
+        self.clear()
+        return norm.item()
+
+    def copy_to_model(self, name):
+        """Copy a master into the model, unless it is the model's own parameter."""
+        master, param = self.masters[name], self.params[name]
+        if self.buffer is not None:
+            master = self.buffer[: master.numel()].view_as(master).copy_(master)
+        if master is not param:
+            param.data.copy_(master)
+
+    def state(self):
+        """Masters and moments by name: the tensors themselves, to be written or read into."""
+        tensors = {f"{name}.master": master.detach() for name, master in self.masters.items()}
+        for name, adamw in self.adamws.items():
+            for key, value in adamw.state[self.masters[name]].items():
+                tensors[f"{name}.{key}"] = value
+        return tensors
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+GIB = 2**30
+# What a resumed run may change; each change is recorded. The data are compared by their hash.
+MAY_CHANGE = "data eval_data out learning_rate device micro_tokens gradient_checkpointing compile "
+MAY_CHANGE += "master_device eval_every save_every resume"
+
+
+def all_agree(flag):
+    """Whether the flag is true on every process; none goes on before all have asked."""
+    if WORLD_SIZE == 1:
+        return flag
+    flags = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flags, dist.ReduceOp.MIN)
+    return bool(flags)
+
+
+def step_of(folder):
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def checkpoints(out):
+    """The folders checkpoint-STEP in out, newest first. Folders of other names are not ours."""
+    folders = [path for path in out.glob("*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def check_out(config):
+    """UserError where --out holds something else than the run to start or to resume."""
+    out, leftovers = Path(config.out), r"metrics\.jsonl|\.partial-(model|checkpoint-\d+)"
+    with one_line(f"--out {out}", "choose another folder"):
+        names = [path.name for path in out.iterdir()] if os.path.lexists(out) else []
+        if config.resume and "summary.json" in names:
+            raise UserError(f"--out {out}: the run in it has finished; choose another folder")
+        if config.resume and not checkpoints(out):
+            raise UserError(f"--resume: there is no checkpoint in {out}; start without --resume")
+        if not config.resume and not all(re.fullmatch(leftovers, name) for name in names):
+            raise UserError(f"--out {out}: is not empty; choose another, or --resume its run")
+
+
+def open_run(config, pairs, eval_pairs, optimizer, on_exit):
+    """Lock the output folder until on_exit ends, and return the state of the run in it.
+
+    That is a new state, or with --resume the one of the newest whole checkpoint, whose masters and
+    moments are read into optimizer and model. Raises UserError where the folder cannot be used or
+    the run in it is another one.
+    """
+    out, digest = Path(config.out), hashlib.sha256()
+    for part in (pairs, eval_pairs):
+        digest.update(part.tokens.tobytes() + part.bounds.tobytes())
+    state = dict(step=0, log_bytes=0, data_sha256=digest.hexdigest(), changes=[])
+    state["config"] = asdict(config)
+    if RANK == 0:
+        with one_line(f"--out {out}", "another run may be writing there; choose another folder"):
+            out.mkdir(parents=True, exist_ok=True)
+            lock = os.open(out, os.O_RDONLY)
+            on_exit.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            check_out(config)  # again, since another run may have been here meanwhile
+    all_agree(True)
+    if not config.resume:
+        return state
+    for folder in checkpoints(out):
+        try:
+            old = json.loads((folder / "state.json").read_text())
+            before = dict(old["config"])
+        except Exception as error:  # of any kind, where a file is damaged
+            print(f"note: {folder} is damaged ({first_line(error)}); going back to the one before")
+            continue
+        if old["data_sha256"] != state["data_sha256"]:
+            raise UserError("--data, --eval-data, --seed: not the pairs of the run to resume")
+        for name, value in asdict(config).items():
+            if before.get(name) == value or name == "resume":
+                continue
+            if name not in MAY_CHANGE.split():
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise UserError(f"{flag}: the run to resume has {before.get(name)}")
+            old["changes"] += [f"{name} from {before[name]} to {value} after step {old['step']}"]
+        try:
+            dcp.load(optimizer.state(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        except (Exception, dcp.CheckpointException):  # the latter is no Exception
+            print(f"note: {folder} is damaged; going back to the one before")
+            continue
+        for name in optimizer.masters:
+            optimizer.copy_to_model(name)
+        print(f"resumed after step {old['step']}")
+        return old | {"config": asdict(config)}
+    raise UserError(f"--resume: no checkpoint in {out} is whole; start in another --out")
+
+
+def save_checkpoint(out, state, optimizer):
+    """Write checkpoint-STEP, as safetensors and JSON, and remove all but the one before it.
+
+    The folder gets its name when all of it is on the disk, so a folder of that name is whole.
+    """
+    name, tensors, files, size = f"checkpoint-{state['step']:06}", optimizer.state(), {}, 0
+    for key, tensor in tensors.items():  # torch builds a file in memory, so about a GiB each
+        files[key] = 1 + size // GIB
+        size += tensor.nbytes
+    folder = out / f".partial-{name}"
+    if RANK == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    all_agree(True)
+    try:
+        options = dict(fqn_to_index_mapping=files, save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(str(folder), **options)
+        dcp.save(tensors, storage_writer=writer)
+        if RANK == 0:
+            (folder / "state.json").write_text(json.dumps(state))
+            os.sync()
+            shutil.rmtree(out / name, ignore_errors=True)  # a damaged one
+            folder.rename(out / name)
+            os.sync()
+            older = [path for path in checkpoints(out) if step_of(path) < state["step"]]
+            for path in older[1:]:
+                shutil.rmtree(path)
+    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+        shutil.rmtree(folder, ignore_errors=True)
+        reason = str(error).strip().split("\n")[-1]  # below the tracebacks of all processes
+        raise OSError(f"{name} was not written: {reason}") from error
+    all_agree(True)
+
+
+# ------------------------------------------------------------------------------------ plan
+# bfloat16 operations per second from data sheets, without sparsity; the first name that fits
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+PEAKS |= {"L40S": 362e12, "RTX 4090": 165e12}
+PLACEMENTS = {  # where masters and gradient sums live beside a GPU, the fastest first
+    "all on the GPU": ("cuda", "cuda"),
+    "masters on the host": ("cpu", "cuda"),
+    "masters and gradient sums on the host": ("cpu", "cpu"),
+}
+
+
+def pair_flops(model, pairs):
+    """Floating-point operations to train on each pair, (pairs,): what is needed, without repeats.
+
+    Six per weight and token, the projection for response tokens only, and twelve per layer, channel
+    of attention and (query, key) that attends. Source: PaLM, arXiv 2204.02311, appendix B.
     """
     config, head = model.config.get_text_config(), model.get_output_embeddings().weight
     tied = head is model.get_input_embeddings().weight
@@ -833,587 +991,474 @@ def pair_flops(model, pairs) -> np.ndarray:
     heads = config.num_attention_heads
     channels = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     prompt, chosen, rejected = np.diff(pairs.bounds).T.astype(float)
-    said = chosen + rejected
-    attended = (prompt**2 + chosen**2 + rejected**2) / 2 + prompt * said
-    attention = 12 * config.num_hidden_layers * channels * attended
-    return 6 * (body * (prompt + said) + head.numel() * said) + attention
+    responses = chosen + rejected
+    attending = (prompt**2 + chosen**2 + rejected**2) / 2 + prompt * responses
+    attention = 12 * config.num_hidden_layers * channels * attending
+    return 6 * (body * (prompt + responses) + head.numel() * responses) + attention
 
 
-# operations a second in bfloat16, without sparsity: data sheets
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+def memory_needed(model, config, longest, master_device, sum_device):
+    """GiB by kind at the peak of a step, on the device and on the host: {device: {kind: GiB}}.
 
-
-def peak_flops(device, dtype) -> tuple[float, str]:
-    """Floating-point operations a second that the device can do, and where the figure is from."""
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
-    for key, peak in PEAKS.items():
-        if key in name and dtype == "bfloat16":
-            return peak, f"{key} data sheet"
-    size, best = (8192 if device == "cuda" else 1024), math.inf
-    a = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best, "plain matrix product measured here"
-
-
-GIB = 2**30
-
-
-def memory_needed(config, model, longest, plain) -> tuple[dict, dict]:
-    """GiB by kind that a run takes at its peak on its device, and on the host beside a GPU.
-
-    Activations are estimates: the values that a Llama layer keeps for its backward pass.
+    Weights, gradients, masters and moments are exact; activations are an estimate, fitted to what
+    Llama, Mistral and Gemma-2 layers keep for the backward pass. longest: tokens of a row.
     """
-    text, count = model.config.get_text_config(), model.num_parameters()
-    item, tokens = (2 if config.dtype == "bfloat16" else 4), max(config.micro_tokens, longest)
-    tokens = min(tokens, config.batch_size * longest)
-    width, layers = text.hidden_size, text.num_hidden_layers
+    text, count = model.config.get_text_config(), model.num_parameters() / GIB / WORLD_SIZE
+    item = 2 if config.dtype == "bfloat16" else 4
+    tokens = min(max(config.micro_tokens, longest), config.batch_size * longest) / GIB
+    width, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     hidden = getattr(text, "intermediate_size", None) or 4 * width
     layer = tokens * item * (16 * width + 4 * hidden)
-    activations = tokens * item * width * layers + layer if config.gradient_checkpointing else layer * layers
-    logits = 3 * 4 * min(tokens * text.vocab_size, math.inf if plain else ProjectedLogps.chunk)
-    device = dict(weights=item * count, gradients=4 * count, activations=activations)
-    device |= dict(masks=3 * tokens * longest * item, logits=logits + 12 * text.vocab_size * width)
-    host = dict(python=GIB / 2)
-    state = 8 * count + (4 * count if item == 2 or config.master_device != config.device else 0)
-    (host if config.master_device == "cpu" else device)["masters and moments"] = state
-    if config.master_device == "cpu" and config.device == "cuda":
-        host["gradients in passing"] = 3 * 4 * MasterAdamW.part
-    if config.device == "cpu":
-        device, host = device | host, {}
-    size = process()[1]
-    for kind in ("weights", "gradients", "masters and moments"):
-        if kind in device:  # FSDP's shards are float32; a layer at a time is whole
-            device[kind] = (4 * count if kind == "weights" and size > 1 else device[kind]) / size
-    return tuple({kind: bytes / GIB for kind, bytes in part.items()} for part in (device, host))
+    if model.config._attn_implementation == "eager":  # it keeps the scores of every head
+        layer += 15 * tokens * text.num_attention_heads * longest
+    chunk = min(tokens * vocabulary, ProjectedLogps.chunk[config.device] / GIB)
+    logits = 12 * (chunk + vocabulary * width / GIB)
+    needs = {"cpu": {"python": 0.5}}
+    device = needs.setdefault(config.device, {})
+    device["weights"] = (item if WORLD_SIZE == 1 else 4) * count
+    device["activations"] = layer * layers + logits
+    if config.gradient_checkpointing:
+        device["activations"] = tokens * item * width * layers + max(layer, logits)
+    device["masks"] = 3 * tokens * longest * item
+    needs[sum_device]["gradient sums"] = 4 * count
+    copied = item == 2 or master_device != config.device
+    needs[master_device]["masters and moments"] = (12 if copied else 8) * count
+    return needs
 
 
-def memory_there(device):
-    """GiB that are free on a device: of the host's memory, what a container may have."""
+def totals(needs):
+    return {device: sum(sizes.values()) for device, sizes in needs.items()}
+
+
+def free_memory(device):
+    """GiB that a run may take: a GPU loses 5 % to fragmentation, and a container has a limit."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0] / GIB
-    limit, total = Path("/sys/fs/cgroup/memory.max"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    written = limit.read_text().strip() if limit.exists() else ""
-    return min(total, int(written) if written.isdigit() else total) / GIB
+        return 0.95 * torch.cuda.mem_get_info()[0] / GIB
+    limit = Path("/sys/fs/cgroup/memory.max")
+    limit = limit.read_text().strip() if limit.exists() else "max"
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (min(total, int(limit)) if limit.isdigit() else total) / GIB
 
 
-def make_plan(config, data) -> tuple[Config, dict]:
-    """What a run takes, from the model's config and the data alone; a master_device of "auto" is decided.
+def make_plan(config, pairs, eval_pairs):
+    """What the run needs and where masters go, from the model's config and the pairs alone.
 
-    Raises:
-        UserError: it cannot fit; the line says what would.
+    Raises UserError where the pairs do not suit the model.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config(config.model))
-    pairs, train_on = data.pairs, data.train_on
-    longest = max(pairs.size(i, config.plain_rows) // (2 if config.plain_rows else 1) for i in train_on)
-    there = {device: memory_there(device) for device in {config.device, "cpu"}}
-
-    def fits(config):
-        device, host = memory_needed(config, model, longest, config.plain_rows)
-        return sum(device.values()) <= there[config.device] and sum(host.values()) <= there["cpu"]
-
-    if config.master_device == "auto":
-        config = replace(config, master_device=config.device)
-        if not fits(config):
-            config = replace(config, master_device="cpu")
-    device, host = memory_needed(config, model, longest, config.plain_rows)
-    steps = math.ceil(len(train_on) / config.batch_size) * config.epochs
+    model = empty_model(config.model)
+    longest = max(int(p.row_tokens(True).max()) // 2 for p in (pairs, eval_pairs) if p)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions // 8 * 8 if positions else longest  # make_rows rounds widths up to 8
+    if longest > positions:
+        what = f"a pair takes {longest} positions, and it has {positions}"
+        raise UserError(f"--model {config.model}: {what}; pass --max-length {positions}")
+    most = max(p.tokens.max() for p in (pairs, eval_pairs))
+    if most >= model.get_input_embeddings().num_embeddings:
+        raise UserError(f"--model {config.model}: the tokenizer has ids beyond the embedding")
+    steps = math.ceil(len(pairs) / config.batch_size) * config.epochs
     steps = min(config.max_steps or steps, steps)
-    share = min(1.0, steps * config.batch_size / (len(train_on) * config.epochs)) * config.epochs
-    peak, source = peak_flops(config.device, config.dtype)
-    peak *= process()[1]
-    flops = pair_flops(model, pairs)[train_on].sum() * share
-    plan = dict(parameters=model.num_parameters(), steps=steps)
-    plan |= dict(tokens=int(np.diff(pairs.bounds)[train_on].sum() * share), device_gib=device, host_gib=host)
-    plan |= dict(hours=flops / (0.4 * peak) / 3600, peak_flops=peak, peak_source=source)
-    if not fits(config):
-        ways = {
-            "--master-device cpu": dict(master_device="cpu"),
-            "--gradient-checkpointing true": dict(gradient_checkpointing=True),
-            f"--micro-tokens {longest}": dict(micro_tokens=longest),
-        }
-        remedy, changed = [], config
-        for flag, change in ways.items():
-            if replace(changed, **change) != changed and not fits(changed):
-                remedy, changed = [*remedy, flag], replace(changed, **change)
-        remedy = " ".join(remedy) if fits(changed) else "more memory, more GPUs or a smaller model"
-        needs = f"{sum(device.values()):.1f} GiB on {config.device}, of {there[config.device]:.1f}"
-        if host:
-            needs += f", and {sum(host.values()):.1f} GiB on the host, of {there['cpu']:.1f}"
-        raise UserError(f"--model {config.model}: does not fit: it takes {needs}; what would: {remedy}")
-    return config, plan
+    epochs = min(steps * config.batch_size / len(pairs), config.epochs)
+    name = torch.cuda.get_device_name() if config.device == "cuda" else ""
+    plan = dict(
+        parameters=model.num_parameters(),
+        steps=steps,
+        tokens=int(np.diff(pairs.bounds).sum() * epochs),
+        pflop=float(pair_flops(model, pairs).sum() * epochs) / 1e15,
+        peak_flops=next((peak for key, peak in PEAKS.items() if key in name), None),
+        # a checkpoint has 12 bytes per parameter, and three exist for a moment; the model has 2
+        disk_gib=(2 + 12 * (3 if config.save_every else 1)) * model.num_parameters() / GIB,
+    )
+    rows = longest if config.plain_rows else int(pairs.row_tokens(False).max())
+    plan["one_gpu_gib"] = {}
+    gpu = replace(config, device="cuda", dtype="bfloat16", gradient_checkpointing=True)
+    gpu.micro_tokens = config.micro_tokens if name else 16384
+    for title, places in PLACEMENTS.items():
+        plan["one_gpu_gib"][title] = totals(memory_needed(model, gpu, rows, *places))
+    places = list(PLACEMENTS.values()) if name and WORLD_SIZE == 1 else [(config.device,) * 2]
+    places = [place for place in places if config.master_device in ("auto", place[0])]
+    if not places:
+        raise UserError(f"--master-device {config.master_device}: not in this run; leave it out")
+    for place in places:  # the first that fits, or else the last
+        needs = memory_needed(model, config, rows, *place)
+        plan["places"], plan["memory_gib"] = place, needs
+        plan["fits"] = all(gib <= free_memory(device) for device, gib in totals(needs).items())
+        if plan["fits"]:
+            break
+    return plan
 
 
 def plan_text(config, plan):
-    lines = [f"{plan['parameters'] / 1e6:.1f} M parameters in {config.dtype} on {config.device}, "]
-    lines[0] += f"{plan['tokens']} tokens in {plan['steps']} steps, about {plan['hours'] * 60:.1f} minutes "
-    lines[0] += f"at 40 % of {plan['peak_flops'] / 1e12:.3g} TFLOP/s ({plan['peak_source']})"
-    for place, sizes in ((config.device, plan["device_gib"]), ("host", plan["host_gib"])):
-        if sizes:
-            parts = ", ".join(f"{kind} {size:.2f}" for kind, size in sizes.items() if size >= 0.005)
-            lines.append(f"memory on {place}: about {sum(sizes.values()):.1f} GiB ({parts})")
+    """The plan in words; with --plan also what one GPU would need, on any machine."""
+    lines = [f"{plan['parameters'] / 1e6:,.1f} M parameters in {config.dtype} on {config.device}"]
+    lines.append(f"{plan['tokens']:,} tokens in {plan['steps']} steps of {config.batch_size} pairs")
+    for device, gib in totals(plan["memory_gib"]).items():
+        lines.append(f"memory on {device}: {gib:.1f} GiB, of {free_memory(device):.0f}")
+        if config.plan:
+            lines += [f"  {k:20}{gib:8.2f}" for k, gib in plan["memory_gib"][device].items()]
+    lines.append(f"disk: {plan['disk_gib']:.2f} GiB; work: {plan['pflop']:.3g} PFLOP")
+    for title, needs in plan["one_gpu_gib"].items() if config.plan else ():
+        lines.append("one GPU, {}: {cuda:.1f} GiB, host {cpu:.1f}".format(title, **needs))
     return "\n".join(lines)
 
 
-@dataclass
-class Data:
-    """The pairs of a run: to train on, and held out."""
-
-    tokenizer: object
-    pairs: Pairs
-    eval_pairs: Pairs
-    train_on: np.ndarray  # (pairs to train on,): indices into pairs
-    eval_on: np.ndarray  # (held-out pairs,): indices into eval_pairs
-    notes: list[str]  # what was dropped or truncated
-
-
-def load_data(config) -> Data:
-    """Read the pairs of a run, all of them, before any weight is loaded: a bad row shows at once."""
-    tokenizer = from_hub(AutoTokenizer.from_pretrained, config.model)
-    limits = config.max_length, config.max_prompt_length
-    pairs = eval_pairs = load_pairs(config.data, tokenizer, *limits)
-    held_out = 0 if config.eval_data else math.ceil(config.eval_split * len(pairs))
-    eval_on, train_on = np.split(np.random.default_rng(config.seed).permutation(len(pairs)), [held_out])
-    if config.eval_data:
-        eval_pairs = load_pairs(config.eval_data, tokenizer, *limits)
-        eval_on = np.arange(len(eval_pairs))
-    if not len(train_on):
-        raise UserError(f"{config.data}: one pair, and --eval-split holds it out: pass --eval-split 0")
-    notes = [f"{count} {what}" for what, count in (pairs.notes + eval_pairs.notes).items()]
-    print(f"{len(train_on)} pairs to train on, {len(eval_on)} held out", *notes, sep=", ")
-    print("the first pair as the model sees it:")
-    for part, ids in zip(("prompt", "chosen", "rejected"), pairs[0]):
-        text = repr(tokenizer.decode(ids))
-        print(f"  {part:9}{text if len(text) < 400 else f'{text[:195]} ... {text[-195:]}'}")
-    return Data(tokenizer, pairs, eval_pairs, train_on, eval_on, notes)
-
-
-def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path):
-    """Have the system write a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def all_agree(flag):
-    """Whether the flag is true on every process."""
-    if process()[1] == 1:
-        return flag
-    flags = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(flags, dist.ReduceOp.MIN)
-    return bool(flags)
-
-
-def claim(out, fresh, on_exit):
-    """Make the output folder, or take it over to resume, and lock it until on_exit, an ExitStack, ends.
-
-    Raises:
-        UserError: it cannot be written, or another run is at work in it.
-    """
-    if process()[0]:
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY)
-        on_exit.callback(os.close, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"--out {out}: another run is writing there; choose another folder") from error
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; choose another folder") from error
-    if fresh and any(out.iterdir()):
-        raise UserError(f"--out {out}: another run has written there meanwhile; choose another folder")
-    for leftover in out.glob(".partial-*"):
-        shutil.rmtree(leftover)
-
-
-def save_checkpoint(out, state, optimizer, keep):
-    """Write checkpoint-STEP: into a folder of another name, flushed to the disk, then renamed into place.
-
-    It holds masters and moments as safetensors, a part at a time and one set a rank, and the rest as JSON.
-    """
-    rank, name = process()[0], f"checkpoint-{state['step']:06}"
-    folder, digests = out / f".partial-{name}", {}
-
-    def written(name):
-        flush(folder / name)
-        digests[name] = digest(folder / name)
-
-    try:
-        folder.mkdir(exist_ok=True)
-        if rank == 0:
-            (folder / "state.json").write_text(json.dumps(state))
-            written("state.json")
-        for number, part in enumerate(optimizer.parts):
-            values = optimizer.state(part) | {"random": torch.get_rng_state()}
-            save_file(values, folder / f"rank{rank}-{number:04}.safetensors")
-            written(f"rank{rank}-{number:04}.safetensors")
-        (folder / f"rank{rank}.json").write_text(json.dumps(digests))
-        written(f"rank{rank}.json")
-    except Exception:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    if all_agree(True) and rank == 0:  # when the last rank has written its part
-        flush(folder)
-        shutil.rmtree(out / name, ignore_errors=True)  # a damaged one
-        folder.rename(out / name)
-        flush(out)
-        for old in sorted(out.glob("checkpoint-*"))[:-keep]:
-            shutil.rmtree(old)
-    all_agree(True)
-
-
-def newest_checkpoint(out):
-    """The newest checkpoint that is whole on every process, as (folder, state), or (None, None) if there is none.
-
-    Raises:
-        UserError: it is of another number of processes, or there are some and all are damaged.
-    """
-    (rank, size), folders = process(), sorted(out.glob("checkpoint-*"), reverse=True)
-    for folder in folders:
-        try:
-            state = json.loads((folder / "state.json").read_text())
-            if state["processes"] != size:
-                raise UserError(f"{folder}: of {state['processes']} processes, not {size}: resume with those")
-            digests = json.loads((folder / f"rank{rank}.json").read_text())
-            intact = all(digest(folder / name) == value for name, value in digests.items())
-        except (OSError, ValueError, KeyError, TypeError):
-            intact = False
-        if all_agree(intact):
-            return folder, state
-        print(f"note: {folder} is damaged; going back to the one before")
-    if folders:
-        raise UserError(f"--resume: no checkpoint in {out} is whole; choose another --out to start again")
-    return None, None
-
-
+# ------------------------------------------------------------------------------------ training
 class Stopped(Exception):
-    """SIGINT or SIGTERM: the step was finished and saved."""
+    """A signal ended the run after a step that was saved. status: what the process exits with."""
 
     def __init__(self, number, step):
-        again = shlex.join([*sys.argv, *["--resume"] * ("--resume" not in sys.argv)])
-        super().__init__(f"stopped after step {step}, which is saved; go on with: python {again}")
+        processes = os.environ.get("LOCAL_WORLD_SIZE")
+        launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
+        command = shlex.join([*sys.argv, *["--resume"] * ("--resume" not in sys.argv)])
+        super().__init__(
+            f"stopped after step {step} and saved; continue with: {launcher} {command}"
+        )
         self.status = 128 + number
 
 
-# what a resumed run cannot change without being another run
-FIXED = "model data eval_data eval_split seed batch_size epochs max_steps max_length max_prompt_length dtype plain_rows"
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP end the run after the step; a second one ends it at once."""
+
+    def __init__(self, on_exit):
+        self.number = self.time = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                on_exit.callback(signal.signal, number, signal.signal(number, self.receive))
+
+    def receive(self, number, frame):
+        if self.number is None:
+            self.number, self.time = number, time.monotonic()
+            if RANK == 0:
+                os.write(2, b"\nfinishing this step and saving; again to quit now\n")
+        elif time.monotonic() - self.time > 1:  # torchrun passes one Ctrl-C on a second time
+            os._exit(128 + number)
 
 
-def take_over(config, out, on_exit):
-    """Whether the output folder holds a run to resume, and its newest checkpoint: (there, folder, state).
+def peak_memory(device):
+    """GiB that the process took at most, on the GPU or on a machine without one."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
-    Raises:
-        UserError: it holds something else, or a run that is finished, at work, damaged or of other settings.
+
+def build(config, places, pairs, loss_fn):
+    """(policy, optimizer): checked in float32, then rehearsed in the training dtype.
+
+    The rehearsal runs the largest micro-batch of the run forward and backward and discards it, so
+    that what would fail hours later, on the longest pair, fails now, as UserError.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; choose another")
-    there, folder, state = out.exists() and any(out.iterdir()), None, None
-    if there and not config.resume:
-        raise UserError(f"--out {out}: is not empty; choose another, or --resume the run in it")
-    if (out / "summary.json").exists():
-        raise UserError(f"--out {out}: the run in it is finished; choose another")
-    if there and not (out / "metrics.jsonl").exists():
-        raise UserError(f"--out {out}: holds no run of this script to resume; choose another")
-    if there:
-        claim(out, False, on_exit)
-        folder, state = newest_checkpoint(out)
-    for name, value in (state or {}).get("config", {}).items():
-        if name in FIXED.split() and value != getattr(config, name):
-            flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
-            raise UserError(f"{flag}: the run to resume has {value}")
-    return there, folder, state
+    model = load_model(config.model, config.gradient_checkpointing)
+    prompt, chosen, rejected = pairs[int(pairs.row_tokens(False).argmax())]
+    pair = prompt[-256:], chosen[:128], rejected[:128]  # seconds on a CPU, for 7B too
+    reason, exact = check_model(model, pair)
+    plain_rows = config.plain_rows or not all_agree(reason is None)
+    if plain_rows and not config.plain_rows:
+        print(f"note: falling back to plain rows, slower and right; with shared rows, {reason}")
+    policy, dtype = Policy(model, plain_rows), getattr(torch, config.dtype)
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    layers = max(lists, key=len, default=[])  # the decoder is the longest
+    if config.compile:
+        # a layer is compiled anew for each kind of mask, with gradients and without
+        torch._dynamo.config.recompile_limit = 64
+        for layer in layers:
+            layer.compile(dynamic=True)
+    if WORLD_SIZE > 1:  # layer by layer from the CPU: a GPU holds its shards and one whole layer
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        mesh = dist.init_device_mesh(config.device, (WORLD_SIZE,))
+        for module in [*layers, policy]:
+            fully_shard(module, mesh=mesh, mp_policy=precision)
+        dtype = torch.float32  # of the shards, which are the masters
+    optimizer = MasterAdamW(model, config.device, dtype, *places)
+    row_tokens = pairs.row_tokens(plain_rows)
+    longest = int(row_tokens.argmax())
+    copies = config.micro_tokens // int(row_tokens[longest])
+    copies = max(1, min(copies, config.batch_size)) * WORLD_SIZE
+    bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # ten times what rounding was seen to do
+    try:
+        with torch.no_grad():
+            rounded = torch.cat(policy([pair], config.device)).cpu()
+        if (rounded - exact).abs().max() > bound * max(1.0, exact.abs().max()):
+            raise FloatingPointError(f"log-probabilities {rounded.tolist()}, not {exact.tolist()}")
+        run_pairs(policy, pairs, [longest] * copies, loss_fn, config, train=True)
+        optimizer.norm()
+    except FloatingPointError as error:
+        remedy = "lower --alpha, or compute in --dtype float32"
+        raise UserError(f"rehearsal of the longest pair: {error}; {remedy}") from error
+    optimizer.clear()
+    print(f"the longest pair took {peak_memory(config.device):.2f} GiB, forward and backward")
+    return policy, optimizer
 
 
-def train(config: Config, loss_fn=None) -> dict:
-    """Align a model, write it and its figures to config.out, and return the summary.
+def table(summary):
+    """What the run did to the held-out pairs, and how fast it was, in words."""
+    lines = []
+    if summary["eval_pairs"]:
+        lines.append(
+            f"{summary['eval_pairs']:5} held-out pairs          before     after    change"
+        )
+    for key in METRICS if summary["eval_pairs"] else ():
+        before, after = summary["before"][f"eval_{key}"], summary["after"][f"eval_{key}"]
+        lines.append(f"{key:24}{before:10.4f}{after:10.4f}{after - before:+10.4f}")
+    speed = f"{summary['tflops_per_second']:.3g} TFLOP/s"
+    if summary["share_of_peak"]:
+        speed += f", {summary['share_of_peak']:.0%} of the data sheet"
+    pairs, tokens = summary["pairs_per_second"], summary["tokens_per_second"]
+    lines.append(f"{pairs:.2f} pairs/s, {tokens:.0f} tokens/s")
+    lines.append(f"{speed}, optimizer {summary['optimizer_share']:.0%} of the time")
+    return "\n".join([*lines, f"peak memory {summary['peak_memory_gib']:.2f} GiB"])
+
+
+def save_model(model, tokenizer, summary, out):
+    """Write model (bfloat16), tokenizer, card, curves, and summary.json last: then all is there."""
+    state, written = {}, {}
+    for name, param in model.state_dict(keep_vars=True).items():
+        if id(param) not in written:  # tied weights are one parameter under two names
+            whole = param.full_tensor() if hasattr(param, "full_tensor") else param
+            dtype = torch.bfloat16 if whole.is_floating_point() else whole.dtype
+            written[id(param)] = whole.detach().to("cpu", dtype) if RANK == 0 else None
+        state[name] = written[id(param)]
+    if RANK:
+        return
+    folder, config = out / ".partial-model", summary["config"]
+    shell = empty_model(config["model"]).to(torch.bfloat16)  # its config then says bfloat16
+    shell.config = from_pretrained(AutoConfig, config["model"])  # with the dropouts of its authors
+    shell.generation_config = model.generation_config
+    shell.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+    card = "---\nlibrary_name: transformers\ntags: [alphapo]\n---\n"
+    card += f"# {Path(config['model']).name}, AlphaPO\n\n{config['model']}, aligned with AlphaPO "
+    card += f"(arXiv 2501.03884) on {summary['pairs']} preference pairs of {config['data']}.\n\n"
+    card += f"```\n{table(summary)}\n```\n\n| setting | value |\n| --- | --- |\n"
+    card += "".join(f"| {key} | {value} |\n" for key, value in config.items())
+    card += "".join(f"\nChanged on resuming: {change}\n" for change in summary["changes"])
+    (folder / "README.md").write_text(card)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    umask = os.umask(0)
+    os.umask(umask)
+    os.sync()
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "summary.json"):
+        path.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
+        path.replace(out / path.name)
+    folder.rmdir()
+    try:
+        plot = runpy.run_path(str(TINY.parent / "curves.py"))["plot_curves"]
+        plot([out], out / "curves.png")
+    except Exception as error:  # no picture is worth losing a run over
+        print(f"note: no curves.png: {first_line(error)}")
+
+
+def summarize(config, plan, state):
+    """Settings, versions and speed of a run that ends; the speed is read from its log."""
+    with open(Path(config.out) / "metrics.jsonl") as file:
+        log = [json.loads(line) for line in file]
+    steps = [metrics for metrics in log if "loss" in metrics]
+    keys = "pairs", "tokens", "tflops", "seconds", "optimizer_seconds"
+    sums = {key: sum(metrics[key] for metrics in steps) for key in keys}
+    seconds, peak = sums["seconds"] or math.inf, plan["peak_flops"]
+    rates = {f"{key}_per_second": sums[key] / seconds for key in ("pairs", "tokens", "tflops")}
+    return dict(
+        config=asdict(config),
+        changes=state["changes"],
+        versions=dict(torch=torch.__version__, transformers=transformers.__version__),
+        data_sha256=state["data_sha256"],
+        plan=plan,
+        processes=WORLD_SIZE,
+        steps=plan["steps"],
+        seconds=sums["seconds"],
+        **rates,
+        share_of_peak=peak and 1e12 * rates["tflops_per_second"] / peak / WORLD_SIZE,
+        optimizer_share=sums["optimizer_seconds"] / seconds,
+        peak_memory_gib=peak_memory(config.device),
+    )
+
+
+def train(config: Config, loss_fn=None) -> dict | None:
+    """Align a model and write it and its figures to config.out.
 
     Args:
         config: the settings.
-        loss_fn: another loss than alphapo_loss with the alpha, beta and gamma of config: (chosen_logps,
-            rejected_logps, pairs, batch) -> (losses, chosen_rewards, rejected_rewards), one each a pair, where
-            batch holds their indices in pairs, for losses that need more than the log-probabilities.
+        loss_fn: a loss in place of alphapo_loss: (chosen_logps, rejected_logps, pairs, batch) ->
+            (losses, chosen_rewards, rejected_rewards), one value per pair. batch holds the indices
+            into pairs, for losses that need more than log-probabilities.
+
+    Returns:
+        The summary of the run, as in summary.json; None on all processes but the first.
 
     Raises:
-        UserError: settings, data or model are not usable; nothing was written.
-        FloatingPointError: a loss or gradient is not finite; the state before that step was saved.
-        Stopped: SIGINT or SIGTERM came; the state was saved.
+        UserError: settings, data or model cannot be used. Nothing was written.
+        FloatingPointError: a loss or gradient is not finite. The state before that step was saved.
+        Stopped: a signal came. The state after that step was saved.
     """
     config, out = resolve(config), Path(config.out)
     knobs = config.alpha, config.beta, config.gamma
-    loss_fn = loss_fn or (
-        lambda chosen_logps, rejected_logps, *_: alphapo_loss(chosen_logps, rejected_logps, *knobs)
-    )
+    loss_fn = loss_fn or (lambda chosen, rejected, *_: alphapo_loss(chosen, rejected, *knobs))
     with contextlib.ExitStack() as on_exit:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if WORLD_SIZE > 1 and not dist.is_initialized():
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
-        rank, size = process()
-        there, folder, state = take_over(config, out, on_exit)
-
-        data = load_data(config)
-        pairs, eval_pairs, train_on, eval_on = data.pairs, data.eval_pairs, data.train_on, data.eval_on
-        data_sha256 = hashlib.sha256(pairs.tokens.tobytes() + pairs.bounds.tobytes()).hexdigest()
-        if state and state["data_sha256"] != data_sha256:
-            raise UserError(f"--data {config.data}: not the pairs that the run to resume began with")
-        config, plan = make_plan(config, data)
+        # cuDNN's backward under a mask can give NaN where the length is 64 modulo 128, and it plans
+        # anew for every shape (pytorch issue 196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        check_out(config)  # before data and weights, which take minutes
+        tokenizer, pairs, eval_pairs = load_data(config)
+        plan = make_plan(config, pairs, eval_pairs)
         print(plan_text(config, plan))
-
-        torch.manual_seed(config.seed)
-        model = load_model(config.model, config.device, config.gradient_checkpointing)
-        if max(pairs.tokens.max(), eval_pairs.tokens.max()) >= model.get_input_embeddings().num_embeddings:
-            raise UserError(f"--model {config.model}: the tokenizer has more tokens than the embedding rows")
-        plain, longest = config.plain_rows, max(train_on, key=lambda i: pairs.size(i, False))
-        if not plain and (reason := why_plain(model, pairs[longest])):
-            plain = True
-            print(f"note: falling back to plain rows, for with shared ones {reason}: slower, and right")
-        pair_cost, dtype, policy = pair_flops(model, pairs), getattr(torch, config.dtype), Policy(model)
-        for layer in decoder_layers(model) if config.compile else ():
-            layer.compile(dynamic=True)
-        if size > 1:
-            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-            precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-            for module in [*decoder_layers(model), policy]:
-                fully_shard(module, mp_policy=precision)
-            dtype = torch.float32  # of the shards, which are the masters
-        optimizer = MasterAdamW(model, dtype, config.weight_decay, config.master_device)
-        run = partial(run_pairs, policy, loss_fn=loss_fn, micro_tokens=config.micro_tokens, plain=plain)
-        epoch_steps, steps = math.ceil(len(train_on) / config.batch_size), plan["steps"]
-        print("alpha {:g}, beta {:g}, gamma {:g}".format(*knobs), end="")
-        print(f" (gamma/beta {config.gamma / config.beta:g}), {steps} steps of {config.batch_size} pairs")
-
-        all_agree(True)  # no process looks at the folder any more before another makes it
-        if not there:
-            claim(out, True, on_exit)
-        stop = []
-
-        def on_signal(number, frame):
-            if stop and time.monotonic() - stop[1] > 1:  # not the same Ctrl-C again, passed on by torchrun
-                os._exit(128 + number)
-            stop[:] = stop or [number, time.monotonic()]
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            on_exit.callback(signal.signal, number, signal.signal(number, on_signal))
-        log = open(out / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
-        if folder:
-            for path in sorted(folder.glob(f"rank{rank}-*.safetensors")):
-                values = load_file(path)
-                torch.set_rng_state(values.pop("random"))
-                optimizer.load(values)
-            print(f"resumed after step {state['step']}")
-        if rank == 0:
-            log.truncate(state["log_bytes"] if state else 0)
+        if not plan["fits"]:
+            remedy = "see --plan; lower --micro-tokens, use more GPUs or a smaller model"
+            raise UserError(
+                f"--model {config.model}: does not fit in this machine's memory; {remedy}"
+            )
+        folder = next(path for path in [out.absolute(), *out.absolute().parents] if path.exists())
+        room = shutil.disk_usage(folder).free / GIB
+        if room < plan["disk_gib"] and not config.resume:
+            raise UserError(f"--out {out}: the disk has no room for {plan['disk_gib']:.1f} GiB")
+        policy, optimizer = build(config, plan["places"], pairs, loss_fn)
+        ratio = f"(gamma/beta {config.gamma / config.beta:g})"
+        print(f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g} {ratio}")
+        state = open_run(config, pairs, eval_pairs, optimizer, on_exit)
+        log = open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a", buffering=1)
+        on_exit.callback(log.close)
+        if RANK == 0:  # keep what the checkpoint knows, in whole lines
+            known = (out / "metrics.jsonl").read_bytes()[: state["log_bytes"]]
+            log.truncate(known.rfind(b"\n") + 1)
+        signals, run = Signals(on_exit), functools.partial(run_pairs, policy)
 
         def evaluate(step):
-            metrics = run(eval_pairs, eval_on) if len(eval_on) else {}
+            metrics = run(eval_pairs, range(len(eval_pairs)), loss_fn, config) if eval_pairs else {}
             metrics = {f"eval_{key}": value for key, value in metrics.items()}
             log.write(json.dumps({"step": step} | metrics) + "\n")
             return metrics
 
-        if not state:
-            totals = dict.fromkeys(("pairs", "tokens", "seconds", "updating", "flops"), 0.0)
-            state = dict(step=0, processes=size, config=asdict(config), data_sha256=data_sha256)
-            state |= dict(totals=totals, before=evaluate(0))
-        totals = state["totals"]
+        def save():
+            save_checkpoint(out, state | {"log_bytes": log.tell()}, optimizer)
 
-        def checkpoint():
-            save_checkpoint(out, state | dict(log_bytes=log.tell()), optimizer, config.keep)
-
-        progress = tqdm(total=steps, initial=state["step"], unit="step", disable=rank > 0)
+        if not config.resume:
+            state["before"] = evaluate(0)
+        tflops, tokens = pair_flops(policy.model, pairs) / 1e12, pairs.row_tokens(False)
+        steps, steps_per_epoch = plan["steps"], math.ceil(len(pairs) / config.batch_size)
+        progress = tqdm(total=steps, initial=state["step"], unit="step", disable=RANK > 0)
         on_exit.callback(progress.close)
-        progress.mininterval = 0.1 if sys.stderr.isatty() else 10
         for step in range(state["step"], steps):
-            epoch, batch = divmod(step, epoch_steps)
-            order = np.random.default_rng([config.seed, epoch]).permutation(train_on)
-            indices = order[batch * config.batch_size : (batch + 1) * config.batch_size]
-            start, learning_rate = time.perf_counter(), learning_rate_at(step, steps, config)
+            epoch, batch = divmod(step, steps_per_epoch)
+            order = np.random.default_rng([config.seed, epoch]).permutation(len(pairs))
+            indices = order[batch * config.batch_size :][: config.batch_size].tolist()
+            learning_rate = learning_rate_at(step, steps, config)
+            start = time.perf_counter()
             try:
-                metrics = run(pairs, indices, train=True)
-                middle = time.perf_counter()
-                norm = optimizer.step(learning_rate, config.max_grad_norm)
+                metrics = run(pairs, indices, loss_fn, config, train=True)
+                summed = time.perf_counter()
+                metrics["grad_norm"] = optimizer.step(learning_rate, config.max_grad_norm)
             except FloatingPointError as error:
-                checkpoint()
+                if step:
+                    save()
                 places = ", ".join(pairs.places[i] for i in indices[:10])
-                remedy = "--resume with a lower --learning-rate, or start again with a lower --alpha"
-                message = f"step {step + 1}, pairs {places} ...: {error}; the {step} steps before are saved: {remedy}"
-                raise FloatingPointError(message) from error
-            end, tokens = time.perf_counter(), sum(pairs.size(i, plain) for i in indices)
-            counts = len(indices), tokens, end - start, end - middle, pair_cost[indices].sum()
-            for key, count in zip(totals, counts):
-                totals[key] += float(count)
-            metrics |= dict(grad_norm=norm, learning_rate=learning_rate, epoch=(step + 1) / epoch_steps)
-            metrics |= dict(tokens_per_second=tokens / (end - start))
+                where = f"step {step + 1}, pairs {places} ..."
+                raise FloatingPointError(f"{where}: {error}") from error
+            end = time.perf_counter()
+            metrics["learning_rate"], metrics["epoch"] = learning_rate, (step + 1) / steps_per_epoch
+            metrics["pairs"], metrics["tokens"] = len(indices), int(tokens[indices].sum())
+            metrics["tflops"] = float(tflops[indices].sum())
+            metrics["seconds"], metrics["optimizer_seconds"] = end - start, end - summed
             log.write(json.dumps({"step": step + 1} | metrics) + "\n")
-            shown = dict(loss="loss", accuracy="rewards/accuracies", margin="rewards/margins")
-            line = ", ".join(f"{name} {metrics[key]:.3f}" for name, key in shown.items())
-            progress.set_postfix_str(f"{line}, {tokens / (end - start):.0f} tokens/s", refresh=False)
+            progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             progress.update()
             state["step"] = step + 1
-            if step + 1 < steps and config.eval_every and (step + 1) % config.eval_every == 0:
+            if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
                 evaluate(step + 1)
-            stopped = not all_agree(not stop)
-            if stopped or config.save_every and (step + 1) % config.save_every == 0:
-                checkpoint()
+            stopped = not all_agree(signals.number is None)
+            due = config.save_every and (step + 1) % config.save_every == 0
+            if stopped or due:
+                save()
             if stopped:
-                raise Stopped(stop[0] if stop else signal.SIGTERM, step + 1)
-
-        with torch.no_grad():
-            for param in optimizer.params:  # to what is written: the last figures are those of the files
+                raise Stopped(signals.number or signal.SIGTERM, step + 1)
+        progress.close()
+        with torch.no_grad():  # round to what is written, so that the last figures are of the files
+            for param in policy.parameters():
                 param.copy_(param.bfloat16())
+        optimizer.release()
         after = evaluate(steps)
-        log.close()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        if config.device == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        seconds, versions = totals["seconds"], dict(python=platform.python_version())
-        versions |= dict(torch=torch.__version__, transformers=transformers.__version__)
-        summary = dict(config=asdict(config), versions=versions, data_sha256=data_sha256, notes=data.notes)
-        summary |= dict(plan=plan, processes=size, plain_rows=plain, steps=steps, seconds=seconds)
-        summary |= dict(pairs=len(train_on), eval_pairs=len(eval_on), peak_memory_gib=peak / GIB)
-        summary |= {f"{key}_per_second": totals[key] / seconds for key in ("pairs", "tokens", "flops")}
-        summary |= dict(share_of_peak=totals["flops"] / seconds / plan["peak_flops"])
-        summary |= dict(optimizer_share=totals["updating"] / seconds, before=state["before"], after=after)
-        save(model, data.tokenizer, summary, out)
+        facts = dict(pairs=len(pairs), eval_pairs=len(eval_pairs), plain_rows=policy.plain_rows)
+        facts |= dict(notes=pairs.notes, before=state["before"], after=after)
+        summary = summarize(config, plan, state) | facts if RANK == 0 else None
+        save_model(policy.model, tokenizer, summary, out)
         return summary
 
 
-def table(summary):
-    """What the run did to the held-out pairs, where there are any, and how fast it was."""
-    rows = {
-        "loss": "loss",
-        "accuracy of the rewards": "rewards/accuracies",
-        "margin of the rewards": "rewards/margins",
-    }
-    rows |= {f"{side} log-probability a token": f"logps/{side}" for side in ("chosen", "rejected")}
-    lines = [f"{summary['eval_pairs']:5} held-out pairs                   before     after    change"]
-    for title, key in rows.items() if summary["eval_pairs"] else ():
-        a, b = (summary[when][f"eval_{key}"] for when in ("before", "after"))
-        lines.append(f"{title:36}{a:10.4f}{b:10.4f}{b - a:+10.4f}")
-    speed = f"{summary['pairs_per_second']:.2f} pairs/s, {summary['tokens_per_second']:.0f} tokens/s, "
-    speed += f"{summary['flops_per_second'] / 1e12:.3g} TFLOP/s, {summary['share_of_peak']:.0%} of the peak "
-    speed += f"({summary['plan']['peak_source']}), optimizer {summary['optimizer_share']:.0%} of the time, "
-    return "\n".join([*lines, speed + f"peak memory {summary['peak_memory_gib']:.2f} GiB"])
-
-
-def plot_curves(runs, path):
-    """Draw the curves of runs, folders with a metrics.jsonl: first the chosen log-probability against the margin.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("curves need: pip install matplotlib") from error
-    figure = Figure(figsize=(20, 4), layout="constrained")
-    axes = figure.subplots(1, 5)
-    for color, run in enumerate(runs):
-        log = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-        curve = {key: np.array([m[key] for m in log if "loss" in m]) for key in ["step", *METRICS]}
-        chosen, rejected, style = curve["logps/chosen"], curve["logps/rejected"], dict(color=f"C{color}")
-        axes[0].plot(chosen - rejected, chosen, ".", alpha=0.6, label=Path(run).name, **style)
-        axes[1].plot(curve["step"], chosen, **style)
-        axes[1].plot(curve["step"], rejected, "--", **style)
-        for axis, key in zip(axes[2:], ("rewards/margins", "rewards/accuracies", "loss")):
-            axis.plot(curve["step"], curve[key], **style)
-            axis.set(xlabel="step", ylabel=key)
-    axes[0].set(xlabel="margin of log-probabilities (nats a token)", ylabel="chosen (nats a token)")
-    axes[1].set(xlabel="step", ylabel="chosen, and dashed rejected (nats a token)")
-    axes[0].legend()
-    figure.savefig(path)
-
-
-def save(model, tokenizer, summary, out):
-    """Write the model in bfloat16 and the tokenizer, for from_pretrained, curves, a model card and the summary.
-
-    All into a folder of another name first, and the summary is the last to be moved: it says that all is there.
-    """
-    written, state = {}, model.state_dict(keep_vars=True)
-    for param in state.values():  # tied weights are one parameter under two names
-        if id(param) not in written:
-            full = whole(param.detach())
-            written[id(param)] = full.to("cpu", torch.bfloat16 if full.is_floating_point() else full.dtype)
-    if process()[0]:
-        return
-    state = {name: written[id(param)] for name, param in state.items()}
-    with torch.device("meta"):  # the architecture alone, for the config to say bfloat16
-        shell = type(model)(model.config).to(torch.bfloat16)
-    shell.generation_config = model.generation_config
-    partial_folder, config = out / ".partial-model", summary["config"]
-    shell.save_pretrained(partial_folder, state_dict=state)
-    tokenizer.save_pretrained(partial_folder)
-    try:
-        plot_curves([out], partial_folder / "curves.png")
-    except UserError as error:
-        print(f"note: no curves.png: {error}")
-    (partial_folder / "README.md").write_text(
-        f"---\nlibrary_name: transformers\ntags: [alphapo]\n---\n# {Path(config['model']).name}, AlphaPO\n\n"
-        f"{config['model']}, aligned with AlphaPO (arXiv 2501.03884) on {summary['pairs']} preference pairs "
-        f"of {config['data']}.\n\n```\n{table(summary)}\n```\n\n| setting | value |\n| --- | --- |\n"
-        + "".join(f"| {key} | {value} |\n" for key, value in config.items())
-    )
-    (partial_folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    for path in sorted(partial_folder.iterdir(), key=lambda path: path.name == "summary.json"):
-        flush(path)
-        path.replace(out / path.name)
-    partial_folder.rmdir()
-    flush(out)
-
-
-# -------------------------------------------------------------------------------- command line
-
-
+# ------------------------------------------------------------------------------------ command line
 def fail(message, status=2):
-    rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("RANK", 0)) else ""
+    rank = f" (rank {RANK})" if RANK else ""
     print(f"alphapo{rank}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
+def parse_arguments(argv):
+    """The settings of a command line, over the defaults of the preset that --model names."""
+    lines = ["presets, by --model; the defaults above are those of the one given, or else of tiny:"]
+    for name, values in PRESETS.items():
+        shown = ("alpha", "beta", "gamma", "learning_rate")
+        text = ", ".join(f"{key.replace('_', ' ')} {values[key]:g}" for key in shown)
+        lines.append(f"  {name:20} {text} (gamma/beta {values['gamma'] / values['beta']:g})")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--model", default="tiny")
+    first.add_argument("--data")
+    given, _ = first.parse_known_args(argv)
+    preset = dict(PRESETS.get(given.model, {}))
+    if given.data:
+        preset.pop("eval_data", None)  # a preset's held-out pairs belong to its own data
+    style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=100)
+    about = dict(description=__doc__.split("\n")[0], epilog="\n".join(lines))
+    parser = HfArgumentParser(Config, formatter_class=style, allow_abbrev=False, **about)
+    parser.error = fail  # in place of a screen of usage
+    parser.set_defaults(**preset)
+    for action in parser._actions:  # every flag is accepted with underscores too, but shown once
+        action.option_strings = action.option_strings[-1:]
+        action.metavar = None if action.choices else "X"
+        if action.default not in (None, False, argparse.SUPPRESS):
+            action.help += " [%(default)s]"
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
+        remedy = f"did you mean {near[0]}?" if near else "see --help"
+        fail(f"{unknown[0]}: there is no such flag; {remedy}")
+    return Config(**vars(values) | ({"model": preset["model"]} if preset else {}))
+
+
 def main(argv=None):
-    if int(os.environ.get("RANK", 0)):
+    if RANK:
         sys.stdout = open(os.devnull, "w")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
-    parser.error = fail  # in place of three screens of usage
-    preset = PRESETS.get(parser.parse_known_args(argv)[0].model, {})
-    parser.set_defaults(**preset)
-    config = Config(**vars(parser.parse_args(argv)))
-    if preset:
-        config.model = preset["model"]
-        if config.data != preset["data"] and config.eval_data == preset.get("eval_data"):
-            config.eval_data = None  # a preset's held-out pairs belong to its own data
+    # torch's checkpoints would say that there is one process, and trace what we report in a line
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+    logging.getLogger().setLevel(logging.CRITICAL)
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    config = parse_arguments(argv)
     try:
         if config.plan:
             config = resolve(config)
-            print(plan_text(*make_plan(config, load_data(config))))
-        else:
-            print(table(train(config)))
+            print(plan_text(config, make_plan(config, *load_data(config)[1:])))
+        elif summary := train(config):
+            print(table(summary))
     except UserError as error:
         fail(error)
     except Stopped as error:
-        fail(error, error.status)
+        sys.exit(error.status) if RANK else fail(error, error.status)
     except FloatingPointError as error:
-        fail(error, status=1)
+        remedy = "start again with a lower --learning-rate or --alpha"
+        if checkpoints(Path(config.out)):
+            remedy = "--resume with a lower --learning-rate, or start again in another --out"
+        fail(f"{error}; {remedy}", 1)
     except torch.OutOfMemoryError as error:
-        fail(f"out of memory: {first_line(error)}; lower --micro-tokens, or --master-device cpu", status=1)
-    except (OSError, SafetensorError) as error:  # a full disk, say
-        fail(
-            f"{first_line(error)}; what was saved before is whole: mend that, and go on with --resume",
-            status=1,
-        )
-    except KeyboardInterrupt:
-        fail("interrupted before the first step", status=130)
+        fail(f"out of memory: {first_line(error)}; lower --micro-tokens or --max-length", 1)
+    except OSError as error:  # a full disk, say
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains again at its end
+        saved = checkpoints(Path(config.out))
+        remedy = "what was saved is whole; continue with --resume" if saved else "nothing was saved"
+        fail(f"{first_line(error)}; {remedy}", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
