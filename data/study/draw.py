@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""The figures of the study, as SVG for light and dark pages."""
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from runs import HARD, find
+
+import alphapo
+
+COLOURS = ["#3f7fe0", "#2aa198", "#c98a00", "#e0592b", "#d33682", "#8a63d2"]
+MARKERS = "osD^vP"
+
+
+def new_figure(rows, columns, width, height):
+    """A figure for light and dark pages: no background, grey lines and text, and text as text."""
+    grey = "#808080"
+    keys = "text.color axes.labelcolor axes.edgecolor axes.titlecolor xtick.color ytick.color"
+    matplotlib.rcParams.update(dict.fromkeys(keys.split(), grey))
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "alphapo", "font.size": 9})
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).flat
+
+
+def save(figure, path):
+    figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
+
+
+def draw_reward(study, path):
+    figure, (reward, slope) = new_figure(1, 2, 8, 3.2)
+    p = torch.linspace(0.02, 1, 99, dtype=torch.float64)
+    for alpha, colour in zip(study.alphas, COLOURS):
+        reward.plot(p, alphapo.alphapo_reward(p.log(), alpha), color=colour, label=f"α = {alpha:g}")
+        slope.plot(p, p.pow(-alpha), color=colour)
+    reward.set(title="reward r", ylim=(-6, 0.2))
+    slope.set(title="slope dr / d log p: how hard training pulls", ylim=(0, 6))
+    for axis in (reward, slope):
+        axis.set_xlabel("p, geometric mean of the probabilities of tokens")
+    reward.legend(frameon=False)
+    save(figure, path)
+
+
+def draw_map(study, results, path):
+    columns = 3
+    figure, axes = new_figure(-(-len(study.cells()) // columns), columns, 8, 5)
+    panels = {}
+    for method, cells in study.cells().items():
+        scores = [np.mean([r["score"] for r in find(results, kind="map", **c)]) for c in cells]
+        panels[method] = np.reshape(scores, (-1, len(study.learning_rates)))
+    low = min(panel.min() for panel in panels.values())
+    high = max(panel.max() for panel in panels.values())
+    for axis, (method, panel) in zip(axes, panels.items()):
+        axis.pcolormesh(panel, vmin=low, vmax=high, cmap="viridis")
+        for (row, column), score in np.ndenumerate(panel):
+            colour = "black" if score > (low + high) / 2 else "white"
+            axis.text(
+                column + 0.5, row + 0.5, f"{score:.2f}", color=colour, ha="center", va="center"
+            )
+        ratios = study.dpo_betas if method == "DPO" else study.gamma_betas
+        axis.set_xticks(np.arange(len(study.learning_rates)) + 0.5, study.learning_rates)
+        axis.set_yticks(np.arange(len(ratios)) + 0.5, ratios)
+        axis.set(title=method, xlabel="learning rate")
+        axis.set_ylabel("β" if method == "DPO" else "γ/β")
+    save(figure, path)
+
+
+def draw_displacement(study, results, path):
+    figure, (axis,) = new_figure(1, 1, 6, 4)
+    for (method, cells), colour, marker in zip(study.cells().items(), COLOURS, MARKERS):
+        runs = [run for cell in cells for run in find(results, kind="map", **cell)]
+        change = [run["chosen_change"] for run in runs]
+        score = [run["score"] for run in runs]
+        axis.scatter(change, score, s=16, color=colour, marker=marker, alpha=0.8, label=method)
+    start = np.mean([run["score"] for run in find(results, kind="start")])
+    axis.axhline(start, color="#808080", linestyle=":", label="before training")
+    axis.set_xlabel("change of the chosen log-probability per token (nats)")
+    axis.set_ylabel("judged score")
+    axis.legend(frameon=False)
+    save(figure, path)
+
+
+def draw_curves(study, results, path):
+    figure, (chosen, margin) = new_figure(1, 2, 8, 3.2)
+    for alpha, colour in zip(study.alphas, COLOURS):
+        for run in find(results, **HARD, alpha=alpha):
+            steps, chosen_logps, rejected_logps = np.array(run["curve"]).T
+            chosen.plot(steps, chosen_logps, color=colour, label=f"α = {alpha:g}")
+            margin.plot(steps, chosen_logps - rejected_logps, color=colour)
+    chosen.set(title="chosen log-probability per token (nats)", xlabel="step")
+    margin.set(title="margin of the log-probabilities (nats)", xlabel="step")
+    chosen.legend(frameon=False)
+    save(figure, path)
+
+
+def draw_all(study, results, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_reward(study, folder / "reward.svg")
+    draw_map(study, results, folder / "map.svg")
+    draw_displacement(study, results, folder / "displacement.svg")
+    draw_curves(study, results, folder / "curves.svg")
+    print(f"wrote four figures to {folder}")
