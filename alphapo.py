@@ -1012,7 +1012,7 @@ def memory_needed(model, config, longest, master_device, sum_device):
     if model.config._attn_implementation == "eager":  # it keeps the scores of every head
         layer += 15 * tokens * text.num_attention_heads * longest
     chunk = min(tokens * vocabulary, ProjectedLogps.chunk[config.device] / GIB)
-    logits = 12 * (chunk + vocabulary * width / GIB)
+    logits = 12 * chunk + 15 * vocabulary * width / GIB
     needs = {"cpu": {"python": 0.5}}
     device = needs.setdefault(config.device, {})
     device["weights"] = (item if WORLD_SIZE == 1 else 4) * count
@@ -1384,6 +1384,7 @@ def train(config: Config, loss_fn=None) -> dict | None:
         facts |= dict(notes=pairs.notes, before=state["before"], after=after)
         summary = summarize(config, plan, state) | facts if RANK == 0 else None
         save_model(policy.model, tokenizer, summary, out)
+        all_agree(True)  # the others wait for the first, or their exit would end it
         return summary
 
 

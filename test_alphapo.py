@@ -1045,7 +1045,7 @@ def in_child(folder, args):
 
 def fork(*args):
     """Start a run in a fork of a process that has imported all of this and runs one thread."""
-    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["test_alphapo"])
     process = server.Process(target=in_child, args=(os.getcwd(), [*map(str, args)]))
