@@ -45,7 +45,6 @@ ROOT = Path(__file__).resolve().parent
 TINY, EVAL = ROOT / "data" / "tiny", str(ROOT / "data" / "tiny" / "eval.jsonl")
 SLOW = bool(os.environ.get("CI") or os.environ.get("ALPHAPO_SLOW"))
 DTYPES = [torch.float32, torch.bfloat16]
-torch.set_num_threads(1)  # models here are small
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 cases, raises, assert_close = pytest.mark.parametrize, pytest.raises, torch.testing.assert_close
 
@@ -54,6 +53,7 @@ cases, raises, assert_close = pytest.mark.parametrize, pytest.raises, torch.test
 def cpu_without_a_network(request, monkeypatch, tmp_path):
     """Also on a machine that has a GPU, unless the test is marked as one for a GPU."""
     monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)  # not on import, because forks would inherit a dead pool
     monkeypatch.setattr(alphapo.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     if not request.node.get_closest_marker("skipif"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
