@@ -1463,6 +1463,9 @@ def main(argv=None):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if WORLD_SIZE > 1:  # torch's threads now and then abort a normal exit, and torchrun reports it
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
