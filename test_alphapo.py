@@ -1328,3 +1328,19 @@ def test_dpo_is_its_closed_form_and_starts_at_log_2(monkeypatch):
     summary = alphapo.train(config, dpo.ReferenceDPO(config, 0.1))
     assert summary["before"]["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert summary["after"]["eval_loss"] < summary["before"]["eval_loss"]
+
+
+def test_the_tables_of_the_study_are_computed_from_its_results(monkeypatch):
+    study, text = module_of("study", monkeypatch), (ROOT / "data/study/README.md").read_text()
+    results, grid = study.read_jsonl(ROOT / "data" / "study" / "results.jsonl"), study.Study()
+    assert not study.missing(study.map_jobs(grid) + study.tuned_jobs(grid, results), results)
+    for name, table in (("map", study.map_table), ("tuned", study.tuned_table)):
+        assert f"<!-- table:{name} -->\n{table(grid, results)}\n<!-- end -->" in text
+
+
+@pytest.mark.skipif(not SLOW, reason="takes minutes; CI=1 runs it")
+def test_the_quick_study_runs_whole():
+    command = [sys.executable, ROOT / "data/study/study.py", "--quick", "--out", "quick"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "score − SimPO's" in done.stdout and len(list(Path("quick/figures").glob("*.svg"))) == 4

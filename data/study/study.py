@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What alpha does: the tiny model, trained over a grid of settings and judged by a program.
 
-    python data/study/study.py                                # all, resumable: an hour or more
-    python data/study/study.py --quick                        # a few short runs: 2 minutes
+    python data/study/study.py                                # all, resumable: 90 minutes
+    python data/study/study.py --quick                        # a few short runs: a minute
     python data/study/study.py figures                        # draw and tabulate the kept runs
     python data/study/study.py plot RUN... --out curves.png   # curves of runs of your own
     python data/study/study.py real MODEL PAIRS.jsonl         # alpha on a real model, without judge
@@ -48,8 +48,8 @@ class Study:
     learning_rates: tuple = (3e-4, 1e-3, 3e-3)
     gamma_betas: tuple = (0.04, 0.5, 1.0)
     dpo_betas: tuple = (0.01, 0.1, 0.5)
-    seeds: tuple = (1,)
-    fresh_seeds: tuple = (11, 12, 13)
+    seeds: tuple = (1, 2, 3)
+    fresh_seeds: tuple = (11, 12, 13, 14, 15)
     validation: int = 200  # prompts: those of the first pairs of train.jsonl
     train: int = 1800  # pairs behind these, for two epochs in batches of 32
     held_out: int = 300  # prompts and pairs of eval.jsonl
@@ -72,12 +72,12 @@ class Study:
 
 
 QUICK = Study(
-    alphas=(-1.0, 0.0, 0.25),
+    alphas=(-1.0, 0.0),
     learning_rates=(1e-3,),
-    gamma_betas=(0.04, 1.0),
-    dpo_betas=(0.1, 0.5),
+    gamma_betas=(1.0,),
+    dpo_betas=(0.5,),
     seeds=(1,),
-    fresh_seeds=(11, 12),
+    fresh_seeds=(11,),
     validation=20,
     train=128,
     held_out=40,
