@@ -442,7 +442,7 @@ def load_data(config):
     order = np.random.default_rng(config.seed).permutation(len(read))
     held_out = 0 if config.eval_data else math.ceil(config.eval_split * len(read))
     if held_out == len(read):
-        raise UserError(f"--eval-split {config.eval_split}: holds out all {held_out} pairs")
+        raise UserError(f"--eval-split {config.eval_split}: holds out all {held_out} pairs; lower it")
     pairs, eval_pairs = read.take(order[held_out:]), read.take(order[:held_out])
     if config.eval_data:
         eval_pairs = load_pairs(config.eval_data, tokenizer, *limits)
@@ -1450,7 +1450,8 @@ def main(argv=None):
     except FloatingPointError as error:
         remedy = "start again with a lower --learning-rate or --alpha"
         if checkpoints(Path(config.out)):
-            remedy = "--resume with a lower --learning-rate, or start again in another --out"
+            remedy = "start again in another --out with a lower --learning-rate, or --resume with "
+            remedy += "one, if the loss was sound until then"
         fail(f"{error}; {remedy}", 1)
     except torch.OutOfMemoryError as error:
         fail(f"out of memory: {first_line(error)}; lower --micro-tokens or --max-length", 1)
