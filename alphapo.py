@@ -161,40 +161,34 @@ class Config:
 
 def resolve(config: Config) -> Config:
     """Fill in the settings that depend on the machine or on others; UserError for a wrong one."""
-    above_0 = "beta learning_rate batch_size epochs max_steps max_grad_norm max_length "
-    above_0 += "max_prompt_length micro_tokens eval_every save_every"
+    may_be_0 = "gamma", "seed", "eval_split", "warmup_ratio"
     for name, value in asdict(config).items():
-        shown = f"--{name.replace('_', '-')} {value}"
+        shown = f"--{name.replace('_', '-')} {value}: must be"
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{shown}: must be a finite number")
-        if name in above_0.split() and value is not None and value <= 0:
-            raise UserError(f"{shown}: must be above 0")
-        if name in ("gamma", "seed", "eval_split", "warmup_ratio") and value < 0:
-            raise UserError(f"{shown}: must be 0 or more")
+            raise UserError(f"{shown} a finite number")
+        if name in may_be_0 and value < 0:
+            raise UserError(f"{shown} 0 or more")
         if name in ("eval_split", "warmup_ratio") and value >= 1:
-            raise UserError(f"{shown}: must be below 1")
+            raise UserError(f"{shown} below 1")
+        if type(value) in (int, float) and value <= 0 and name not in (*may_be_0, "alpha"):
+            raise UserError(f"{shown} above 0")
     if config.data is None:
         presets = ", ".join(PRESETS)
-        raise UserError(
-            f"--data is missing: name a file of pairs, or a preset as --model: {presets}"
-        )
-    config, gpu = replace(config), torch.cuda.is_available()
-    if "cuda" in (config.device, config.master_device) and not gpu:
+        raise UserError(f"--data is missing: name a file, or one of these as --model: {presets}")
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    if "cuda" in (config.device, config.master_device) and not on_gpu:
         raise UserError("--device cuda, --master-device cuda: torch sees no GPU; leave them out")
-    if config.device == "auto":
-        config.device = "cuda" if gpu else "cpu"
-    on_gpu = config.device == "cuda"
-    if config.dtype == "auto":
-        config.dtype = "bfloat16" if on_gpu else "float32"
+    config = replace(config, device="cuda" if on_gpu else "cpu")
+    config.dtype = config.dtype.replace("auto", "bfloat16" if on_gpu else "float32")
+    config.micro_tokens = config.micro_tokens or (16384 if on_gpu else 512)
     if config.gradient_checkpointing is None:
         config.gradient_checkpointing = on_gpu
-    if os.path.isdir(config.model):
-        config.model = os.path.abspath(config.model)  # a resumed run may start in another folder
-    config.micro_tokens = config.micro_tokens or (16384 if on_gpu else 512)
     room = min(248, config.max_length // 2)  # what a cut prompt leaves to its responses
     config.max_prompt_length = config.max_prompt_length or config.max_length - room
     if config.max_prompt_length >= config.max_length:
         raise UserError("--max-prompt-length: must be below --max-length")
+    if os.path.isdir(config.model):
+        config.model = os.path.abspath(config.model)  # a resumed run may start in another folder
     return config
 
 
@@ -442,7 +436,7 @@ def load_data(config):
     order = np.random.default_rng(config.seed).permutation(len(read))
     held_out = 0 if config.eval_data else math.ceil(config.eval_split * len(read))
     if held_out == len(read):
-        raise UserError(f"--eval-split {config.eval_split}: holds out all {held_out} pairs; lower it")
+        raise UserError(f"--eval-split {config.eval_split}: holds out all {held_out}; lower it")
     pairs, eval_pairs = read.take(order[held_out:]), read.take(order[:held_out])
     if config.eval_data:
         eval_pairs = load_pairs(config.eval_data, tokenizer, *limits)
@@ -484,18 +478,17 @@ def load_model(name, checkpointing=False):
     options = dict(config=load_config(name), dtype=torch.float32, use_safetensors=True)
     options |= dict(ignore_mismatched_sizes=True, output_loading_info=True)
     model, report = from_pretrained(AutoModelForCausalLM, name, **options)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            names = [key if isinstance(key, str) else key[0] for key in report[kind]]
-            what = f"{len(names)} {kind.replace('_', ' ')}, such as {min(names)}"
+    for kind, keys in report.items():
+        if keys:
+            what = f"{len(keys)} {kind.replace('_', ' ')}, such as {min(map(str, keys))}"
             raise UserError(f"--model {name}: {what}; download config and weights again")
     embedding = model.get_input_embeddings()
     # a tied weight has a dense gradient from the projection; the lookup then adds a few rows to it
     embedding.sparse = model.get_output_embeddings().weight is embedding.weight
-    if checkpointing and hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    elif checkpointing:  # before transformers 5.18
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if checkpointing:
+        name = "gradient_checkpointing_enable"  # before transformers 5.18
+        enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, name)
+        enable({"use_reentrant": False})
     return model.train(checkpointing)  # layers are recomputed in training mode only
 
 
@@ -514,17 +507,13 @@ class Rows:
 
 
 def make_rows(pairs, plain=False, device="cpu") -> Rows:
-    """Lay out pairs as rows [prompt | chosen | rejected], or as two plain rows each.
-
-    Args:
-        pairs: (prompt, chosen, rejected) arrays of token ids.
-        plain: repeat the prompt for each response, as other trainers do.
-        device: where the tensors go.
-    """
+    """Lay out pairs (prompt, chosen, rejected: arrays of token ids) as one row each,
+    [prompt | chosen | rejected], or as two plain rows that repeat the prompt. Returns Rows on
+    device."""
     layouts = []  # per row: its parts as (segment, token ids), the prompt first
     for prompt, chosen, rejected in pairs:
         parts = [(0, prompt), (1, chosen), (2, rejected)]
-        layouts += [[parts[0], parts[1]], [parts[0], parts[2]]] if plain else [parts]
+        layouts += [parts[:2], parts[::2]] if plain else [parts]
     width = max(sum(len(ids) for _, ids in parts) for parts in layouts)
     width = math.ceil(width / 8) * 8  # on CUDA, attention copies a mask of any other width
     input_ids, position_ids = np.zeros((2, len(layouts), width), np.int64)
@@ -563,11 +552,10 @@ def attention_masks(config, rows, dtype):
 
     windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
     kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds:
-        return additive(windows["sliding_attention"])
     if not kinds <= windows.keys():
         raise NotImplementedError(f"it has layers of kind {', '.join(sorted(kinds))}")
-    return {kind: additive(windows[kind]) for kind in kinds}
+    masks = {kind: additive(windows[kind]) for kind in kinds}
+    return masks or additive(windows["sliding_attention"])
 
 
 class ProjectedLogps(torch.autograd.Function):
@@ -619,24 +607,18 @@ def pair_logps(model, rows: Rows):
     """Mean log-probability per token (nats) in float32: (chosen_logps, rejected_logps), (pairs,).
 
     Shared rows run through the decoder under our masks, and only response tokens are projected onto
-    the vocabulary. Plain rows run through the model's own forward pass.
-
-    Raises:
-        NotImplementedError: shared rows do not cover a part of this model.
+    the vocabulary. Plain rows run through the model's own forward pass. Raises NotImplementedError
+    where shared rows do not cover a part of the model.
     """
-    head, inputs = model.get_output_embeddings(), dict(input_ids=rows.input_ids, use_cache=False)
+    inputs = dict(input_ids=rows.input_ids, use_cache=False)
     if rows.plain:
-        width = rows.input_ids.shape[1]
-        row, column = rows.sources // width, rows.sources % width
-        kept = width - int(column.min())  # logits further left predict no response token
-        mask = (rows.segments >= 0).long()
-        logits = model(**inputs, attention_mask=mask, logits_to_keep=kept).logits
-        logits = logits[row, column - width].float()
+        logits = model(**inputs, attention_mask=(rows.segments >= 0).long()).logits
+        logits = logits.flatten(0, 1)[rows.sources].float()
         token_logps = logits.gather(1, rows.targets[:, None])[:, 0] - logits.logsumexp(1)
     else:
+        head, config = model.get_output_embeddings(), model.config.get_text_config()
         if getattr(head, "bias", None) is not None:
             raise NotImplementedError("its projection has a bias")
-        config = model.config.get_text_config()
         masks = attention_masks(config, rows, model.get_input_embeddings().weight.dtype)
         output = model.base_model(**inputs, position_ids=rows.position_ids, attention_mask=masks)
         hidden = output[0].flatten(0, 1)[rows.sources]
@@ -689,10 +671,8 @@ METRICS += ["logps/chosen", "logps/rejected"]
 
 
 def micro_batches(row_tokens, order, micro_tokens):
-    """Split indices, the longest first, into lists of at most micro_tokens tokens.
-
-    Padding to the longest is counted, but not make_rows' rounding of widths up to 8.
-    """
+    """Split indices, the longest row first, into lists whose rows, padded to the longest, take at
+    most micro_tokens tokens. row_tokens: of the row of each index."""
     batches = []
     for i in order:
         if batches and (len(batches[-1]) + 1) * row_tokens[batches[-1][0]] <= micro_tokens:
@@ -706,12 +686,10 @@ def run_pairs(policy, pairs, indices, loss_fn, config, train=False):
     """Mean metrics over the pairs at these indices; to train, sum up the gradients of their loss.
 
     A micro-batch contributes the sum of its losses over the number of all pairs, so neither its
-    size nor the number of processes changes the gradient.
-
-    Raises:
-        FloatingPointError: a loss is not finite; the message names the pairs.
+    size nor the number of processes matters. FloatingPointError names pairs whose loss is not
+    finite.
     """
-    row_tokens = pairs.row_tokens(policy.plain_rows)
+    row_tokens = dict(zip(indices, pairs.take(list(indices)).row_tokens(policy.plain_rows)))
     order = sorted(indices, key=lambda i: -row_tokens[i])
     shares = [order[rank::WORLD_SIZE] for rank in range(WORLD_SIZE)]
     batches = [micro_batches(row_tokens, share, config.micro_tokens) for share in shares]
@@ -756,28 +734,27 @@ class MasterAdamW:
     """AdamW on float32 master weights, whatever the model computes in and wherever masters live.
 
     At a learning rate of 1e-6 an update is a few millionths of a weight, and bfloat16 keeps eight
-    bits: on bfloat16 weights nearly every update rounds to nothing. So the model, on device and in
-    dtype, computes with copies of the masters, its float32 parameters, and a step's gradients are
-    summed in float32. Masters and moments take 12 bytes per parameter and live on master_device,
-    the sums take 4 and live on sum_device; both may be the host.
+    bits: on bfloat16 weights nearly every update rounds to nothing. So the model computes with
+    copies of the masters, and gradients are summed in float32. Masters and moments take 12 bytes
+    per parameter and live on master_device, sums take 4 and live on sum_device.
     """
 
     def __init__(self, model, device, dtype, master_device, sum_device):
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters, self.sums, self.sum_device = self.params, {}, sum_device
-        if dtype != torch.float32 or len({device, master_device, sum_device}) > 1:
-            self.masters = {name: p.detach().to(master_device) for name, p in self.params.items()}
-            for name, param in self.params.items():
-                param.data = self.masters[name].to(device, dtype)
-                param.register_post_accumulate_grad_hook(functools.partial(self.add_gradient, name))
-        model.to(device)
-        self.adamws = {}  # one for each parameter, so that gradients visit the host one at a time,
-        # with moments from the start, so that a checkpoint can be read into them
-        for name, master in self.masters.items():
+        self.masters, self.adamws, self.sums, self.sum_device = {}, {}, {}, sum_device
+        copies = dtype != torch.float32 or len({device, master_device, sum_device}) > 1
+        for name, param in self.params.items():
+            master = param.detach().to(master_device) if copies else param
+            if copies:
+                param.data = master.to(device, dtype)
+            param.register_post_accumulate_grad_hook(functools.partial(self.add_gradient, name))
+            # one AdamW per parameter, so that gradients visit the host one at a time, and moments
+            # from the start, so that a checkpoint can be read into them
             adamw = torch.optim.AdamW([master], betas=(0.9, 0.999), weight_decay=0.0, fused=True)
             moments = dict(exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
             adamw.state[master] = dict(step=torch.zeros((), device=master_device), **moments)
-            self.adamws[name] = adamw
+            self.masters[name], self.adamws[name] = master, adamw
+        model.to(device)
         self.buffer = None
         if master_device != device:  # conversion into fresh, pageable memory takes 15 times as long
             largest = max(master.numel() for master in self.masters.values())
@@ -788,24 +765,13 @@ class MasterAdamW:
         self.sums[name] = self.sums[name].add_(grad) if name in self.sums else grad.float()
         param.grad = None
 
-    def gradients(self):
-        """The gradients summed so far, by name, in one order wherever they were summed."""
-        gradients = {name: self.sums.get(name, p.grad) for name, p in self.params.items()}
-        return {name: grad for name, grad in gradients.items() if grad is not None}
-
-    def clear(self):
-        """Forget the gradients summed so far."""
-        self.sums = {}
-        for param in self.params.values():
-            param.grad = None
-
     def release(self):
         """Free masters and moments: to write the model takes no more memory than to train it."""
         self.masters, self.adamws, self.sums, self.buffer = {}, {}, {}, None
 
     def norm(self):
         """Norm of the summed gradients; FloatingPointError where it is not finite."""
-        norm = torch.nn.utils.get_total_norm(self.gradients().values())
+        norm = torch.nn.utils.get_total_norm([self.sums[n] for n in self.params if n in self.sums])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of FSDP's shards
         if not norm.isfinite():
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
@@ -813,20 +779,20 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, learning_rate, max_norm):
-        """Clip the gradients, update masters and model, clear the gradients, and return their norm.
+        """Clip the gradients, update masters and model, forget the gradients; return their norm.
 
         Raises FloatingPointError, before any weight changes, where the norm is not finite.
         """
         norm = self.norm()
         clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for name, gradient in self.gradients().items():
+        for name, gradient in self.sums.items():
             master, adamw = self.masters[name], self.adamws[name]
             master.grad = gradient.mul_(clip).to(master.device)
             adamw.param_groups[0]["lr"] = learning_rate
             adamw.step()
             adamw.zero_grad()
             self.copy_to_model(name)
-        self.clear()
+        self.sums.clear()
         return norm.item()
 
     def copy_to_model(self, name):
@@ -850,7 +816,7 @@ class MasterAdamW:
 GIB = 2**30
 # What a resumed run may change; each change is recorded. The data are compared by their hash.
 MAY_CHANGE = "data eval_data out learning_rate device micro_tokens gradient_checkpointing compile "
-MAY_CHANGE += "master_device eval_every save_every resume"
+MAY_CHANGE += "master_device eval_every save_every"
 
 
 def all_agree(flag):
@@ -862,41 +828,35 @@ def all_agree(flag):
     return bool(flags)
 
 
-def step_of(folder):
-    return int(folder.name.removeprefix("checkpoint-"))
-
-
 def checkpoints(out):
     """The folders checkpoint-STEP in out, newest first. Folders of other names are not ours."""
-    folders = [path for path in out.glob("*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=step_of, reverse=True)
+    folders = {path.name.removeprefix("checkpoint-"): path for path in out.glob("checkpoint-*")}
+    steps = sorted((step for step in folders if step.isdecimal()), key=int, reverse=True)
+    return [folders[step] for step in steps]
 
 
 def check_out(config):
     """UserError where --out holds something else than the run to start or to resume."""
-    out, leftovers = Path(config.out), r"metrics\.jsonl|\.partial-(model|checkpoint-\d+)"
+    out = Path(config.out)
     with one_line(f"--out {out}", "choose another folder"):
-        names = [path.name for path in out.iterdir()] if os.path.lexists(out) else []
-        if config.resume and "summary.json" in names:
-            raise UserError(f"--out {out}: the run in it has finished; choose another folder")
-        if config.resume and not checkpoints(out):
-            raise UserError(f"--resume: there is no checkpoint in {out}; start without --resume")
-        if not config.resume and not all(re.fullmatch(leftovers, name) for name in names):
-            raise UserError(f"--out {out}: is not empty; choose another, or --resume its run")
+        names = os.listdir(out) if os.path.lexists(out) else []
+    if config.resume and "summary.json" in names:
+        raise UserError(f"--out {out}: the run in it has finished; choose another folder")
+    if config.resume and not checkpoints(out):
+        raise UserError(f"--resume: there is no checkpoint in {out}; start without --resume")
+    if not config.resume and not {"metrics.jsonl", ".partial"}.issuperset(names):
+        raise UserError(f"--out {out}: is not empty; choose another, or --resume its run")
 
 
 def open_run(config, pairs, eval_pairs, optimizer, on_exit):
-    """Lock the output folder until on_exit ends, and return the state of the run in it.
-
-    That is a new state, or with --resume the one of the newest whole checkpoint, whose masters and
-    moments are read into optimizer and model. Raises UserError where the folder cannot be used or
-    the run in it is another one.
-    """
+    """Lock --out until on_exit ends, and return the state of its run: a new one, or with --resume
+    that of the newest whole checkpoint, read into optimizer and model. UserError where it is not
+    the run to resume."""
     out, digest = Path(config.out), hashlib.sha256()
     for part in (pairs, eval_pairs):
         digest.update(part.tokens.tobytes() + part.bounds.tobytes())
     state = dict(step=0, log_bytes=0, data_sha256=digest.hexdigest(), changes=[])
-    state["config"] = asdict(config)
+    state["config"] = asdict(replace(config, resume=False))
     if RANK == 0:
         with one_line(f"--out {out}", "another run may be writing there; choose another folder"):
             out.mkdir(parents=True, exist_ok=True)
@@ -910,61 +870,52 @@ def open_run(config, pairs, eval_pairs, optimizer, on_exit):
     for folder in checkpoints(out):
         try:
             old = json.loads((folder / "state.json").read_text())
-            before = dict(old["config"])
-        except Exception as error:  # of any kind, where a file is damaged
-            print(f"note: {folder} is damaged ({first_line(error)}); going back to the one before")
-            continue
-        if old["data_sha256"] != state["data_sha256"]:
-            raise UserError("--data, --eval-data, --seed: not the pairs of the run to resume")
-        for name, value in asdict(config).items():
-            if before.get(name) == value or name == "resume":
-                continue
-            if name not in MAY_CHANGE.split():
-                flag = f"--{name.replace('_', '-')} {value}"
-                raise UserError(f"{flag}: the run to resume has {before.get(name)}")
-            old["changes"] += [f"{name} from {before[name]} to {value} after step {old['step']}"]
-        try:
+            if old["data_sha256"] != state["data_sha256"]:
+                raise UserError("--data, --eval-data, --seed: not the pairs of the run to resume")
+            for name, value in state["config"].items():
+                before, flag = old["config"].get(name), f"--{name.replace('_', '-')} {value}"
+                if before != value and name not in MAY_CHANGE.split():
+                    raise UserError(f"{flag}: the run to resume has {before}")
+                if before != value:
+                    change = f"{name} from {before} to {value} after step {old['step']}"
+                    old["changes"].append(change)
             dcp.load(optimizer.state(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        except UserError:
+            raise
         except (Exception, dcp.CheckpointException):  # the latter is no Exception
             print(f"note: {folder} is damaged; going back to the one before")
             continue
         for name in optimizer.masters:
             optimizer.copy_to_model(name)
         print(f"resumed after step {old['step']}")
-        return old | {"config": asdict(config)}
+        return old | {"config": state["config"]}
     raise UserError(f"--resume: no checkpoint in {out} is whole; start in another --out")
 
 
 def save_checkpoint(out, state, optimizer):
-    """Write checkpoint-STEP, as safetensors and JSON, and remove all but the one before it.
+    """Write checkpoint-STEP as safetensors and JSON, and remove all but the one before it.
 
     The folder gets its name when all of it is on the disk, so a folder of that name is whole.
     """
-    name, tensors, files, size = f"checkpoint-{state['step']:06}", optimizer.state(), {}, 0
+    folder, partial = out / f"checkpoint-{state['step']:06}", out / ".partial"
+    tensors, files, size = optimizer.state(), {}, 0
     for key, tensor in tensors.items():  # torch builds a file in memory, so about a GiB each
         files[key] = 1 + size // GIB
         size += tensor.nbytes
-    folder = out / f".partial-{name}"
     if RANK == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     all_agree(True)
-    try:
-        options = dict(fqn_to_index_mapping=files, save_distributed=True)
-        writer = dcp.HuggingFaceStorageWriter(str(folder), **options)
-        dcp.save(tensors, storage_writer=writer)
-        if RANK == 0:
-            (folder / "state.json").write_text(json.dumps(state))
-            os.sync()
-            shutil.rmtree(out / name, ignore_errors=True)  # a damaged one
-            folder.rename(out / name)
-            os.sync()
-            older = [path for path in checkpoints(out) if step_of(path) < state["step"]]
-            for path in older[1:]:
-                shutil.rmtree(path)
-    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
-        shutil.rmtree(folder, ignore_errors=True)
-        reason = str(error).strip().split("\n")[-1]  # below the tracebacks of all processes
-        raise OSError(f"{name} was not written: {reason}") from error
+    options = dict(fqn_to_index_mapping=files, save_distributed=True)
+    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), **options))
+    if RANK == 0:
+        (partial / "state.json").write_text(json.dumps(state))
+        os.sync()
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        partial.rename(folder)
+        os.sync()
+        found = checkpoints(out)
+        for older in found[found.index(folder) + 2 :]:
+            shutil.rmtree(older)
     all_agree(True)
 
 
@@ -1103,34 +1054,24 @@ def plan_text(config, plan):
 
 # ------------------------------------------------------------------------------------ training
 class Stopped(Exception):
-    """A signal ended the run after a step that was saved. status: what the process exits with."""
-
-    def __init__(self, number, step):
-        processes = os.environ.get("LOCAL_WORLD_SIZE")
-        launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
-        command = shlex.join([*sys.argv, *["--resume"] * ("--resume" not in sys.argv)])
-        super().__init__(
-            f"stopped after step {step} and saved; continue with: {launcher} {command}"
-        )
-        self.status = 128 + number
+    """A signal ended the run after a step that was saved: Stopped(signal number, step)."""
 
 
-class Signals:
-    """SIGINT, SIGTERM and SIGHUP end the run after the step; a second one ends it at once."""
+def catch_signals(on_exit):
+    """A list that gets the number of each signal that asks to end the run after the step."""
+    received = []
 
-    def __init__(self, on_exit):
-        self.number = self.time = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                on_exit.callback(signal.signal, number, signal.signal(number, self.receive))
+    def receive(number, frame):
+        if RANK == 0 and not received:
+            os.write(2, b"\nfinishing this step and saving; again to quit now\n")
+        received.append(number)
+        if WORLD_SIZE == 1:  # torchrun passes one Ctrl-C on a second time
+            signal.signal(number, signal.SIG_DFL)
 
-    def receive(self, number, frame):
-        if self.number is None:
-            self.number, self.time = number, time.monotonic()
-            if RANK == 0:
-                os.write(2, b"\nfinishing this step and saving; again to quit now\n")
-        elif time.monotonic() - self.time > 1:  # torchrun passes one Ctrl-C on a second time
-            os._exit(128 + number)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            on_exit.callback(signal.signal, number, signal.signal(number, receive))
+    return received
 
 
 def peak_memory(device):
@@ -1142,11 +1083,8 @@ def peak_memory(device):
 
 
 def build(config, places, pairs, loss_fn):
-    """(policy, optimizer): checked in float32, then rehearsed in the training dtype.
-
-    The rehearsal runs the largest micro-batch of the run forward and backward and discards it, so
-    that what would fail hours later, on the longest pair, fails now, as UserError.
-    """
+    """(policy, optimizer), checked in float32 and rehearsed in the training dtype: the largest
+    micro-batch runs forward and backward, so that what would fail hours later fails now."""
     model = load_model(config.model, config.gradient_checkpointing)
     prompt, chosen, rejected = pairs[int(pairs.row_tokens(False).argmax())]
     pair = prompt[-256:], chosen[:128], rejected[:128]  # seconds on a CPU, for 7B too
@@ -1186,32 +1124,13 @@ def build(config, places, pairs, loss_fn):
     except FloatingPointError as error:
         remedy = "lower --alpha, or compute in --dtype float32"
         raise UserError(f"rehearsal of the longest pair: {error}; {remedy}") from error
-    optimizer.clear()
+    optimizer.sums.clear()
     print(f"the longest pair took {peak_memory(config.device):.2f} GiB, forward and backward")
     return policy, optimizer
 
 
-def table(summary):
-    """What the run did to the held-out pairs, and how fast it was, in words."""
-    lines = []
-    if summary["eval_pairs"]:
-        lines.append(
-            f"{summary['eval_pairs']:5} held-out pairs          before     after    change"
-        )
-    for key in METRICS if summary["eval_pairs"] else ():
-        before, after = summary["before"][f"eval_{key}"], summary["after"][f"eval_{key}"]
-        lines.append(f"{key:24}{before:10.4f}{after:10.4f}{after - before:+10.4f}")
-    speed = f"{summary['tflops_per_second']:.3g} TFLOP/s"
-    if summary["share_of_peak"]:
-        speed += f", {summary['share_of_peak']:.0%} of the data sheet"
-    pairs, tokens = summary["pairs_per_second"], summary["tokens_per_second"]
-    lines.append(f"{pairs:.2f} pairs/s, {tokens:.0f} tokens/s")
-    lines.append(f"{speed}, optimizer {summary['optimizer_share']:.0%} of the time")
-    return "\n".join([*lines, f"peak memory {summary['peak_memory_gib']:.2f} GiB"])
-
-
 def save_model(model, tokenizer, summary, out):
-    """Write model (bfloat16), tokenizer, card, curves, and summary.json last: then all is there."""
+    """Write model (bfloat16), tokenizer, and summary.json last: then all is there."""
     state, written = {}, {}
     for name, param in model.state_dict(keep_vars=True).items():
         if id(param) not in written:  # tied weights are one parameter under two names
@@ -1221,19 +1140,12 @@ def save_model(model, tokenizer, summary, out):
         state[name] = written[id(param)]
     if RANK:
         return
-    folder, config = out / ".partial-model", summary["config"]
-    shell = empty_model(config["model"]).to(torch.bfloat16)  # its config then says bfloat16
-    shell.config = from_pretrained(AutoConfig, config["model"])  # with the dropouts of its authors
+    folder, name = out / ".partial", summary["config"]["model"]
+    shell = empty_model(name).to(torch.bfloat16)  # its config then says bfloat16
+    shell.config = from_pretrained(AutoConfig, name)  # with the dropouts of its authors
     shell.generation_config = model.generation_config
     shell.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
-    card = "---\nlibrary_name: transformers\ntags: [alphapo]\n---\n"
-    card += f"# {Path(config['model']).name}, AlphaPO\n\n{config['model']}, aligned with AlphaPO "
-    card += f"(arXiv 2501.03884) on {summary['pairs']} preference pairs of {config['data']}.\n\n"
-    card += f"```\n{table(summary)}\n```\n\n| setting | value |\n| --- | --- |\n"
-    card += "".join(f"| {key} | {value} |\n" for key, value in config.items())
-    card += "".join(f"\nChanged on resuming: {change}\n" for change in summary["changes"])
-    (folder / "README.md").write_text(card)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     umask = os.umask(0)
     os.umask(umask)
@@ -1242,11 +1154,6 @@ def save_model(model, tokenizer, summary, out):
         path.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
         path.replace(out / path.name)
     folder.rmdir()
-    try:
-        plot = runpy.run_path(str(TINY.parent / "curves.py"))["plot_curves"]
-        plot([out], out / "curves.png")
-    except Exception as error:  # no picture is worth losing a run over
-        print(f"note: no curves.png: {first_line(error)}")
 
 
 def summarize(config, plan, state):
@@ -1324,7 +1231,7 @@ def train(config: Config, loss_fn=None) -> dict | None:
         if RANK == 0:  # keep what the checkpoint knows, in whole lines
             known = (out / "metrics.jsonl").read_bytes()[: state["log_bytes"]]
             log.truncate(known.rfind(b"\n") + 1)
-        signals, run = Signals(on_exit), functools.partial(run_pairs, policy)
+        signals, run = catch_signals(on_exit), functools.partial(run_pairs, policy)
 
         def evaluate(step):
             metrics = run(eval_pairs, range(len(eval_pairs)), loss_fn, config) if eval_pairs else {}
@@ -1368,12 +1275,12 @@ def train(config: Config, loss_fn=None) -> dict | None:
             state["step"] = step + 1
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
                 evaluate(step + 1)
-            stopped = not all_agree(signals.number is None)
+            stopped = not all_agree(not signals)
             due = config.save_every and (step + 1) % config.save_every == 0
             if stopped or due:
                 save()
             if stopped:
-                raise Stopped(signals.number or signal.SIGTERM, step + 1)
+                raise Stopped(signals[0] if signals else signal.SIGTERM, step + 1)
         progress.close()
         with torch.no_grad():  # round to what is written, so that the last figures are of the files
             for param in policy.parameters():
@@ -1384,24 +1291,28 @@ def train(config: Config, loss_fn=None) -> dict | None:
         facts |= dict(notes=pairs.notes, before=state["before"], after=after)
         summary = summarize(config, plan, state) | facts if RANK == 0 else None
         save_model(policy.model, tokenizer, summary, out)
+        if RANK == 0:
+            try:
+                print(runpy.run_path(str(TINY.parent / "report.py"))["report"](out))
+            except Exception as error:  # no picture is worth losing a run over
+                print(f"note: no report: {first_line(error)}")
         all_agree(True)  # the others wait for the first, or their exit would end it
         return summary
 
 
 # ------------------------------------------------------------------------------------ command line
 def fail(message, status=2):
-    rank = f" (rank {RANK})" if RANK else ""
-    print(f"alphapo{rank}: {message}", file=sys.stderr, flush=True)
+    print(f"alphapo: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def parse_arguments(argv):
     """The settings of a command line, over the defaults of the preset that --model names."""
-    lines = ["presets, by --model; the defaults above are those of the one given, or else of tiny:"]
-    for name, values in PRESETS.items():
-        shown = ("alpha", "beta", "gamma", "learning_rate")
-        text = ", ".join(f"{key.replace('_', ' ')} {values[key]:g}" for key in shown)
-        lines.append(f"  {name:20} {text} (gamma/beta {values['gamma'] / values['beta']:g})")
+    presets = "presets, by --model; the defaults above are those of the one given, or of tiny:"
+    for name, preset in PRESETS.items():
+        c = Config(**preset)
+        presets += f"\n  {name:20} alpha {c.alpha:g}, beta {c.beta:g}, gamma {c.gamma:g} "
+        presets += f"(gamma/beta {c.gamma / c.beta:g}), learning rate {c.learning_rate:g}"
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default="tiny")
     first.add_argument("--data")
@@ -1410,8 +1321,8 @@ def parse_arguments(argv):
     if given.data:
         preset.pop("eval_data", None)  # a preset's held-out pairs belong to its own data
     style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=100)
-    about = dict(description=__doc__.split("\n")[0], epilog="\n".join(lines))
-    parser = HfArgumentParser(Config, formatter_class=style, allow_abbrev=False, **about)
+    about = dict(description=__doc__.split("\n")[0], epilog=presets, formatter_class=style)
+    parser = HfArgumentParser(Config, allow_abbrev=False, **about)
     parser.error = fail  # in place of a screen of usage
     parser.set_defaults(**preset)
     for action in parser._actions:  # every flag is accepted with underscores too, but shown once
@@ -1420,47 +1331,54 @@ def parse_arguments(argv):
         if action.default not in (None, False, argparse.SUPPRESS):
             action.help += " [%(default)s]"
     values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
-        remedy = f"did you mean {near[0]}?" if near else "see --help"
-        fail(f"{unknown[0]}: there is no such flag; {remedy}")
-    return Config(**vars(values) | ({"model": preset["model"]} if preset else {}))
+    for flag in unknown[:1]:
+        near = difflib.get_close_matches(flag, parser._option_string_actions, 1) or ["--help"]
+        fail(f"{flag}: there is no such flag; did you mean {near[0]}?")
+    values.model = preset.get("model", values.model)
+    return Config(**vars(values))
 
 
 def main(argv=None):
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # torch's checkpoints would say that there is one process, and trace what we report in a line
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")
-    logging.getLogger().setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")  # torch's checkpoints warn that there is one process,
+    logging.disable()  # and print the traces of what we report in a line
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     config = parse_arguments(argv)
     try:
         if config.plan:
             config = resolve(config)
             print(plan_text(config, make_plan(config, *load_data(config)[1:])))
-        elif summary := train(config):
-            print(table(summary))
+        else:
+            train(config)
     except UserError as error:
         fail(error)
     except Stopped as error:
-        sys.exit(error.status) if RANK else fail(error, error.status)
+        number, step = error.args
+        if RANK:
+            sys.exit(128 + number)
+        processes = os.environ.get("LOCAL_WORLD_SIZE")
+        launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
+        command = shlex.join([arg for arg in sys.argv if arg != "--resume"])
+        command = f"{launcher} {command} --resume"
+        fail(f"stopped after step {step} and saved; continue with: {command}", 128 + number)
     except FloatingPointError as error:
         remedy = "start again with a lower --learning-rate or --alpha"
         if checkpoints(Path(config.out)):
             remedy = "start again in another --out with a lower --learning-rate, or --resume with "
             remedy += "one, if the loss was sound until then"
         fail(f"{error}; {remedy}", 1)
-    except torch.OutOfMemoryError as error:
-        fail(f"out of memory: {first_line(error)}; lower --micro-tokens or --max-length", 1)
-    except OSError as error:  # a full disk, say
+    except (OSError, torch.OutOfMemoryError, dcp.CheckpointException) as error:  # a full disk, say
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains again at its end
-        saved = checkpoints(Path(config.out))
-        remedy = "what was saved is whole; continue with --resume" if saved else "nothing was saved"
-        fail(f"{first_line(error)}; {remedy}", 1)
+        remedy = "nothing was saved"
+        if checkpoints(Path(config.out)):
+            remedy = "what was saved is whole; continue with --resume"
+        if isinstance(error, torch.OutOfMemoryError):
+            remedy = f"lower --micro-tokens or --max-length; {remedy}"
+        # below the tracebacks of all processes
+        fail(f"{str(error).strip().splitlines()[-1]}; {remedy}", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

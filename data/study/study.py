@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 
 # Python looks for modules beside the script that it runs, and nothing of this project is installed:
-# judge.py and curves.py are one folder up, and alphapo.py two.
+# judge.py and report.py are one folder up, and alphapo.py two.
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[0]), str(HERE.parents[1])]
-from curves import plot_curves  # noqa: E402
 from draw import draw_all  # noqa: E402
+from report import plot_curves  # noqa: E402
 from runs import find, missing, read_jsonl, run_all, run_real, run_tiny  # noqa: E402
 
 import alphapo  # noqa: E402
