@@ -1100,6 +1100,20 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number):
     assert checkpoints("out") == [f"checkpoint-{step:06}"]
 
 
+def test_a_second_signal_ends_the_run_at_once():
+    child = fork(
+        *SHORT, *"--max-steps 2000 --epochs 2000 --batch-size 288 --save-every 999".split()
+    )
+    log, deadline = Path("out/metrics.jsonl"), time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 1):
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGINT)
+    while time.monotonic() < deadline and "again to quit" not in Path("2.txt").read_text():
+        time.sleep(0.001)
+    os.kill(child.pid, signal.SIGINT)  # a step of 288 pairs is not over yet
+    assert exit_code(child) == -signal.SIGINT and not checkpoints("out")
+
+
 def test_under_torchrun_the_command_that_goes_on_is_torchruns(monkeypatch, capsys):
     def stop(config):
         raise alphapo.Stopped(signal.SIGTERM, 7)
