@@ -1141,6 +1141,7 @@ def save_model(model, tokenizer, summary, out):
     if RANK:
         return
     folder, name = out / ".partial", summary["config"]["model"]
+    shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
     shell = empty_model(name).to(torch.bfloat16)  # its config then says bfloat16
     shell.config = from_pretrained(AutoConfig, name)  # with the dropouts of its authors
     shell.generation_config = model.generation_config

@@ -1205,6 +1205,7 @@ ACCIDENTS = {
     "the state is no object": lambda out: (out / NEWEST / "state.json").write_text("[]"),
     "the last checkpoint is gone": lambda out: shutil.rmtree(out / NEWEST),
     "folders of others": foreign,
+    "a save was killed": lambda out: shutil.copytree(out / NEWEST, out / ".partial"),
     "the log is cut": lambda out: halve(out / "metrics.jsonl"),
     "the log is gone": lambda out: (out / "metrics.jsonl").unlink(),
 }
@@ -1224,6 +1225,7 @@ def test_a_run_reaches_the_same_end_whatever_happened(accident, stopped, monkeyp
     printed = capsys.readouterr().out
     assert weights_of(out) == final and (out / "summary.json").exists()
     assert not (out / "curves.png").exists() and set(checkpoints(out)) == there
+    assert not (out / "state.json").exists() and not (out / ".partial").exists()
     assert (f"{NEWEST} is damaged" in printed) == any(x in accident for x in ("file", "state"))
     found = metrics_of(out)[-1:] if "log" in accident else metrics_of(out)
     assert found == log[-len(found) :] and b"\0" not in (out / "metrics.jsonl").read_bytes()
