@@ -1303,7 +1303,8 @@ def train(config: Config, loss_fn=None) -> dict | None:
 
 # ------------------------------------------------------------------------------------ command line
 def fail(message, status=2):
-    print(f"alphapo: {message}", file=sys.stderr, flush=True)
+    rank = f" (rank {RANK})" if RANK else ""
+    print(f"alphapo{rank}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
