@@ -12,21 +12,17 @@
 
 Left out on purpose: a reference model (the method needs none), a second pass over the prompt, whole
 logits (a model that needs those two gets them), LoRA, and code or pickles that come with a model.
-
-Each section uses only what stands above it: loss, settings, pairs, model, rows and
-log-probabilities, gradients, weights, checkpoints, plan, training, command line.
+Each section uses only what stands above it.
 
 AlphaPO: Gupta et al. 2025, arXiv 2501.03884. SimPO: Meng et al. 2024, arXiv 2405.14734.
 """
 
-import argparse
 import contextlib
 import difflib
 import fcntl
 import functools
 import hashlib
 import json
-import logging
 import math
 import os
 import re
@@ -37,8 +33,7 @@ import shutil
 import signal
 import sys
 import time
-import warnings
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -50,8 +45,10 @@ import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.optim.adamw import adamw
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -76,8 +73,7 @@ def alphapo_loss(chosen_logps, rejected_logps, alpha, beta, gamma):
 
     Args:
         chosen_logps, rejected_logps: mean log-probability per token (nats), (pairs,) each.
-        alpha: shape of the reward; 0 is SimPO.
-        beta: scale of the reward.
+        alpha, beta: shape and scale of the reward; alpha 0 is SimPO.
         gamma: target margin. It is the margin itself, while SimPO's settings state gamma / beta.
 
     Returns:
@@ -102,6 +98,7 @@ class UserError(Exception):
 
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
+GIB = 2**30
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 # fmt: off
 PRESETS = {
@@ -161,17 +158,13 @@ class Config:
 
 def resolve(config: Config) -> Config:
     """Fill in the settings that depend on the machine or on others; UserError for a wrong one."""
-    may_be_0 = "gamma", "seed", "eval_split", "warmup_ratio"
+    limits = dict(alpha=(-1e6, 1e6), gamma=(0, 1e6), seed=(0, 1e99))
+    limits |= dict(eval_split=(0, 0.99), warmup_ratio=(0, 0.99))
     for name, value in asdict(config).items():
-        shown = f"--{name.replace('_', '-')} {value}: must be"
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{shown} a finite number")
-        if name in may_be_0 and value < 0:
-            raise UserError(f"{shown} 0 or more")
-        if name in ("eval_split", "warmup_ratio") and value >= 1:
-            raise UserError(f"{shown} below 1")
-        if type(value) in (int, float) and value <= 0 and name not in (*may_be_0, "alpha"):
-            raise UserError(f"{shown} above 0")
+        low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
+        if type(value) in (int, float) and not low <= value <= high:
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise UserError(f"{flag}: must be from {low:g} to {high:g}")
     if config.data is None:
         presets = ", ".join(PRESETS)
         raise UserError(f"--data is missing: name a file, or one of these as --model: {presets}")
@@ -183,8 +176,8 @@ def resolve(config: Config) -> Config:
     config.micro_tokens = config.micro_tokens or (16384 if on_gpu else 512)
     if config.gradient_checkpointing is None:
         config.gradient_checkpointing = on_gpu
-    room = min(248, config.max_length // 2)  # what a cut prompt leaves to its responses
-    config.max_prompt_length = config.max_prompt_length or config.max_length - room
+    if config.max_prompt_length is None:
+        config.max_prompt_length = config.max_length - min(248, config.max_length // 2)
     if config.max_prompt_length >= config.max_length:
         raise UserError("--max-prompt-length: must be below --max-length")
     if os.path.isdir(config.model):
@@ -208,122 +201,84 @@ def one_line(what, remedy):
         raise UserError(f"{what}: {first_line(error)} ({remedy})") from error
 
 
-@functools.cache
-def ask_hub():
-    """Find out once whether the hub answers: without a network, libraries retry for a minute."""
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+def ask_hub(config):
+    """Where a name is not on this disk, find out whether the hub answers: without a network,
+    libraries try again for a minute."""
+    names = config.model, config.data, config.eval_data or config.data
+    if not all(map(os.path.exists, names)):
+        try:
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        except Exception:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def from_pretrained(kind, name, **options):
     """Load a config, tokenizer or model from a folder, the hub or its cache, or raise UserError."""
     remedy = "a model folder holds config.json, a tokenizer and safetensors; try: git lfs pull"
     if not os.path.isdir(name):
-        ask_hub()
-        remedy = "no such folder; a hub id needs a network or a filled cache, and for a gated "
-        remedy += "model (Llama, Gemma) its licence accepted on the hub and: hf auth login"
-        near = difflib.get_close_matches(name, PRESETS, 1)
-        if near and "/" not in name:
-            remedy = f"did you mean {near[0]}?"
+        remedy = "no such folder; the hub needs a network, and gated models (Llama, Gemma) their "
+        remedy += "licence accepted there and: hf auth login"
+        for preset in difflib.get_close_matches(name, PRESETS, 1) if "/" not in name else ():
+            remedy = f"did you mean {preset}?"
     with one_line(f"--model {name}: not loaded", remedy):
         return kind.from_pretrained(name, **options)
 
 
 # ------------------------------------------------------------------------------------ pairs
-@dataclass
-class Pairs:
-    """Tokenized pairs in flat arrays: a million pairs of 1,000 tokens take 4 GB."""
+Pair = namedtuple("Pair", "prompt chosen rejected place")  # int32 token ids; file:line, to name it
 
-    tokens: np.ndarray  # int32: prompt, chosen, rejected, prompt, ...
-    bounds: np.ndarray  # int64 (pairs, 4): where prompt, chosen and rejected start, and the end
-    places: list[str]  # file:line of each pair, for messages
-    notes: Counter  # what was dropped or truncated while reading, by reason
 
-    def __len__(self):
-        return len(self.bounds)
-
-    def __getitem__(self, i):
-        start, chosen, rejected, end = self.bounds[i]
-        return self.tokens[start:chosen], self.tokens[chosen:rejected], self.tokens[rejected:end]
-
-    def take(self, indices):
-        """The pairs at these indices, in this order, over the same tokens."""
-        places = [self.places[i] for i in indices]
-        return Pairs(self.tokens, self.bounds[indices], places, Counter())
-
-    def row_tokens(self, plain):
-        """Tokens that each pair takes in a micro-batch before padding, (pairs,)."""
-        prompt, chosen, rejected = np.diff(self.bounds).T
-        return 2 * (prompt + np.maximum(chosen, rejected)) if plain else prompt + chosen + rejected
+def lengths(pairs):
+    """Tokens of prompt, chosen and rejected of each pair, (pairs, 3)."""
+    return np.array([[len(ids) for ids in pair[:3]] for pair in pairs])
 
 
 def read_rows(name):
     """Yield (place, row) from a file or hub data set. JSON lines stay bytes until parse_row."""
-    if name.endswith((".jsonl", ".json")):
-        content = Path(name).read_bytes()
-        if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            lines = enumerate(content.split(b"\n"), 1)
-            yield from ((f"{name}:{number}", line) for number, line in lines if line.strip())
-            return
-        rows = json.loads(content, parse_int=float)
-    elif name.endswith((".parquet", ".csv")) and os.path.isfile(name):
+    kind, place = Path(name).suffix[1:], f"{name}: row "
+    if kind == "jsonl":
+        rows, place = Path(name).read_bytes().split(b"\n"), f"{name}:"
+    elif kind == "json":
+        rows = json.loads(Path(name).read_bytes().decode("utf-8-sig"), parse_int=float)
+    else:
         import datasets  # takes seconds
 
-        rows = datasets.load_dataset(Path(name).suffix[1:], data_files=name, split="train")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not os.path.exists(name):
-        ask_hub()  # before the import, which looks whether the hub is to be used
-        import datasets
-
-        repository, _, split = name.partition(":")
-        rows = datasets.load_dataset(repository, split=split or "train")
-    else:
-        raise ValueError("neither a .jsonl, .json, .parquet or .csv file nor a hub id")
-    yield from ((f"{name}: row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def messages_of(value, key):
-    """The role and content of each message of a conversation, or ValueError."""
-    expected = f'"{key}" must be a text, or messages with texts as "role" and "content"'
-    if not value or not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
-        raise ValueError(expected)
-    messages = [{"role": m.get("role"), "content": m.get("content")} for m in value]
-    texts = [text for message in messages for text in message.values()]
-    if not all(isinstance(text, str) for text in texts) or any(m.get("tool_calls") for m in value):
-        raise ValueError(f"{expected}, and without tool_calls")
-    return messages
+        if kind in ("parquet", "csv"):
+            rows = datasets.load_dataset(kind, data_files=name, split="train")
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
+            repository, _, split = name.partition(":")
+            rows = datasets.load_dataset(repository, split=split or "train")
+        else:
+            raise ValueError("neither a .jsonl, .json, .parquet or .csv file nor a hub id")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, bytes) or row.strip():  # an empty line is no row
+            yield f"{place}{number}", row
 
 
 def parse_row(row):
-    """A data row in one of TRL's preference formats as (prompt, chosen, rejected), or ValueError.
+    """(prompt, chosen, rejected) of a data row in one of TRL's preference formats.
 
     All are texts or all are messages, and both responses begin with the prompt. A prompt of None
-    stands for whatever two texts have in common.
+    stands for whatever two texts have in common. Raises whatever fits a row that is none of these.
     """
-    if isinstance(row, bytes):
-        try:  # as float, since an integer of 5,000 digits in some other column would be an error
-            row = json.loads(row.decode("utf-8-sig"), parse_int=float)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"not valid JSON: {error}") from error
-    if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
-        raise ValueError('not an object with "chosen" and "rejected"')
+    if isinstance(row, bytes):  # as float, because Python refuses integers of 5,000 digits
+        row = json.loads(row.decode("utf-8-sig"), parse_int=float)
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if all(isinstance(text, str) for text in (prompt or "", chosen, rejected)):
         # {"prompt": "2+2=", "chosen": "4", "rejected": "5"}, or the same without a prompt
         return prompt, (prompt or "") + chosen, (prompt or "") + rejected
-    chosen, rejected = messages_of(chosen, "chosen"), messages_of(rejected, "rejected")
-    if isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
+    if isinstance(prompt, str) and chosen[0]["role"] == "assistant":
         # {"prompt": "Hi", "chosen": [assistant], "rejected": [assistant]}
         prompt = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, str | None):
         # {"chosen": [user, assistant], "rejected": [user, assistant]}; UltraFeedback adds a text
         prompt = chosen[:-1]
-    else:
-        # {"prompt": [user], "chosen": [assistant], "rejected": [assistant]}
-        prompt = messages_of(prompt, "prompt")
+    # or else {"prompt": [user], "chosen": [assistant], "rejected": [assistant]}
     sides = [s if s[: len(prompt)] == prompt else prompt + s for s in (chosen, rejected)]
+    for message in sides[0] + sides[1]:
+        if not isinstance(message["content"], str) or message.get("tool_calls"):
+            raise ValueError('the "content" of a message must be a text, without tool_calls')
     roles = [[message["role"] for message in side[len(prompt) :]] for side in sides]
     if not prompt or prompt[-1]["role"] == "assistant" or roles != [["assistant"], ["assistant"]]:
         raise ValueError("must be a prompt that ends with the user, then one assistant message")
@@ -331,22 +286,17 @@ def parse_row(row):
 
 
 def render(prompt, chosen, rejected, tokenizer):
-    """Token ids of the prompt, of prompt + chosen and of prompt + rejected, with one BOS at most.
+    """Token ids of prompt, prompt + chosen and prompt + rejected, with one BOS at most.
 
     Prompt and response are tokenized together, because tokenizers merge across the boundary.
     """
     texts = [chosen if prompt is None else prompt, chosen, rejected]
     is_chat = isinstance(chosen, list)
-    if is_chat and not tokenizer.chat_template:
-        raise UserError("the pairs are conversations: --model must have a chat template")
-    try:
-        if is_chat:
-            template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-            texts = [template(prompt, add_generation_prompt=True), *map(template, texts[1:])]
-        # a template writes BOS itself or wants none
-        encoded = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
-    except Exception as error:  # jinja and tokenizers raise kinds of their own
-        raise ValueError(f"chat template or tokenizer refuse it: {first_line(error)}") from error
+    if is_chat:
+        template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+        texts = [template(prompt, add_generation_prompt=True), *map(template, texts[1:])]
+    # a template writes BOS itself or wants none
+    encoded = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
     bos = tokenizer.bos_token_id
     return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded]
 
@@ -366,7 +316,7 @@ def end_turn(ids, tokenizer, special):
     return ids + [i for i in [tokenizer.eos_token_id] if i is not None], end > 0
 
 
-def encode_row(row, tokenizer, special, max_length, max_prompt_length, notes):
+def encode_row(row, tokenizer, special, config, notes):
     """Token ids (prompt, chosen, rejected) of a data row, None if it cannot teach, or ValueError.
 
     Where a pair is too long, the prompt loses its beginning, then the responses lose their ends.
@@ -384,98 +334,75 @@ def encode_row(row, tokenizer, special, max_length, max_prompt_length, notes):
         return None
     if not {chosen[-1], rejected[-1]} <= special:
         notes["pairs without an end of turn, because the tokenizer has no EOS token"] += 1
-    if len(prompt) + max(len(chosen), len(rejected)) > max_length:
-        if len(prompt) > max_prompt_length:
-            notes["prompts truncated"] += 1
-            bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
-            prompt = bos + prompt[len(prompt) - max_prompt_length + len(bos) :]
-        room = max_length - len(prompt)
-        if max(len(chosen), len(rejected)) > room:
-            notes["pairs with a response truncated"] += 1
-        chosen, rejected = chosen[:room], rejected[:room]
-    if chosen == rejected:
+    longest, most = max(len(chosen), len(rejected)), config.max_prompt_length
+    if len(prompt) + longest > config.max_length and len(prompt) > most:
+        notes["prompts truncated"] += 1
+        bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
+        prompt = bos + prompt[len(prompt) - most + len(bos) :]
+    room = config.max_length - len(prompt)
+    if longest > room:
+        notes["pairs with a response truncated"] += 1
+    if chosen[:room] == rejected[:room]:
         notes["pairs dropped for equal responses"] += 1
         return None
-    return prompt, chosen, rejected
+    return [np.array(ids, np.int32) for ids in (prompt, chosen[:room], rejected[:room])]
 
 
-def load_pairs(name, tokenizer, max_length, max_prompt_length) -> Pairs:
-    """Read, check and tokenize pairs; UserError names the first ten bad rows as file:line."""
+def load_pairs(name, tokenizer, config):
+    """(list of Pair, Counter of what was dropped or truncated), or UserError with the bad rows."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = special.union(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    tokens, lengths, places, notes, errors = [], [], [], Counter(), []
-    limits = max_length, max_prompt_length
+    pairs, notes, errors = [], Counter(), []
     with one_line(f"{name}: not loaded", "name a file of pairs, or a hub data set within reach"):
         rows = tqdm(read_rows(name), f"reading {name}", unit=" rows", leave=False, disable=None)
         for place, row in rows:
             try:
-                pair = encode_row(row, tokenizer, special, *limits, notes)
-            except ValueError as error:
-                errors.append(f"{place}: {first_line(error)}")
-                continue
-            if pair:
-                tokens.append(np.concatenate(pair).astype(np.int32))
-                lengths.append([len(part) for part in pair])
-                places.append(place)
+                if ids := encode_row(row, tokenizer, special, config, notes):
+                    pairs.append(Pair(*ids, place))
+            except Exception as error:  # JSON, templates and tokenizers raise kinds of their own
+                errors.append(f"{place}: not a pair: {type(error).__name__}: {first_line(error)}")
     if errors:
-        more = [f"... and {len(errors) - 10} more bad rows"] if len(errors) > 10 else []
-        raise UserError("\n".join(errors[:10] + more))
-    if not places:
+        remedy = f" ({len(errors)} bad rows; README.md shows what a row may be)"
+        raise UserError("\n".join(errors[:10]) + remedy)
+    if not pairs:
         reasons = ", ".join(f"{count} {what}" for what, count in notes.items())
         raise UserError(f"{name}: has no usable pair: {reasons or 'it is empty'}")
-    ends = np.cumsum(lengths).reshape(-1, 3)
-    bounds = np.column_stack([np.append(0, ends[:-1, 2]), ends])
-    return Pairs(np.concatenate(tokens), bounds, places, notes)
+    return pairs, notes
 
 
 def load_data(config):
-    """(tokenizer, pairs to train on, held-out pairs); UserError where none is left to train on."""
+    """(tokenizer, pairs to train on, held-out pairs, notes); UserError where none is left."""
+    ask_hub(config)  # before datasets is imported, which looks whether the hub is to be used
     tokenizer = from_pretrained(AutoTokenizer, config.model)
-    limits = config.max_length, config.max_prompt_length
-    read = load_pairs(config.data, tokenizer, *limits)
-    order = np.random.default_rng(config.seed).permutation(len(read))
-    held_out = 0 if config.eval_data else math.ceil(config.eval_split * len(read))
-    if held_out == len(read):
-        raise UserError(f"--eval-split {config.eval_split}: holds out all {held_out}; lower it")
-    pairs, eval_pairs = read.take(order[held_out:]), read.take(order[:held_out])
-    if config.eval_data:
-        eval_pairs = load_pairs(config.eval_data, tokenizer, *limits)
-    pairs.notes = read.notes + eval_pairs.notes
+    pairs, notes = load_pairs(config.data, tokenizer, config)
     print("the first pair as the model sees it:")
-    for part, ids in zip(("prompt", "chosen", "rejected"), read[0]):
+    for part, ids in zip(Pair._fields, pairs[0][:3]):
         text = repr(tokenizer.decode(ids))
         print(f"  {part:9}{text if len(text) < 87 else f'{text[:41]} ... {text[-41:]}'}")
+    order = np.random.default_rng(config.seed).permutation(len(pairs))
+    held_out = 0 if config.eval_data else math.ceil(config.eval_split * len(pairs))
+    if held_out == len(pairs):
+        raise UserError(f"--eval-split {config.eval_split}: holds out all {held_out} pairs")
+    pairs, eval_pairs = [pairs[i] for i in order[held_out:]], [pairs[i] for i in order[:held_out]]
+    if config.eval_data:
+        eval_pairs, eval_notes = load_pairs(config.eval_data, tokenizer, config)
+        notes += eval_notes
     print(f"{len(pairs)} pairs to train on, {len(eval_pairs)} held out")
-    for what, count in pairs.notes.items():
+    for what, count in notes.items():
         print(f"note: {count} {what}")
-    return tokenizer, pairs, eval_pairs
+    return tokenizer, pairs, eval_pairs, notes
 
 
 # ------------------------------------------------------------------------------------ the model
-def load_config(name):
-    """The config of a model, with every dropout off."""
+def load_model(name, checkpointing=False):
+    """A causal language model in float32 on the CPU, with every dropout off. UserError where files
+    and config disagree, because transformers would make up the weights that are missing."""
     config = from_pretrained(AutoConfig, name)
     for part in (config, config.get_text_config()):
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
-    return config
-
-
-def empty_model(name):
-    """The model on the meta device, without weights, or UserError."""
-    config = load_config(name)
-    with one_line(f"--model {name}", "choose a causal language model"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        if model.get_output_embeddings() is None:
-            raise ValueError("it has no projection onto a vocabulary")
-        return model
-
-
-def load_model(name, checkpointing=False):
-    """A causal language model in float32 on the CPU. UserError where files and config disagree,
-    because transformers would make up the weights that are missing."""
-    options = dict(config=load_config(name), dtype=torch.float32, use_safetensors=True)
+    options = dict(config=config, dtype=torch.float32, use_safetensors=True)
     options |= dict(ignore_mismatched_sizes=True, output_loading_info=True)
     model, report = from_pretrained(AutoModelForCausalLM, name, **options)
     for kind, keys in report.items():
@@ -506,12 +433,18 @@ class Rows:
     plain: bool  # two rows [prompt | chosen] and [prompt | rejected] per pair instead of one
 
 
+def row_tokens(pairs, plain):
+    """Tokens that the rows of each pair take before padding to a micro-batch's width, (pairs,)."""
+    prompt, chosen, rejected = lengths(pairs).T
+    return 2 * (prompt + np.maximum(chosen, rejected)) if plain else prompt + chosen + rejected
+
+
 def make_rows(pairs, plain=False, device="cpu") -> Rows:
     """Lay out pairs (prompt, chosen, rejected: arrays of token ids) as one row each,
     [prompt | chosen | rejected], or as two plain rows that repeat the prompt. Returns Rows on
     device."""
     layouts = []  # per row: its parts as (segment, token ids), the prompt first
-    for prompt, chosen, rejected in pairs:
+    for prompt, chosen, rejected, *_ in pairs:
         parts = [(0, prompt), (1, chosen), (2, rejected)]
         layouts += [parts[:2], parts[::2]] if plain else [parts]
     width = max(sum(len(ids) for _, ids in parts) for parts in layouts)
@@ -529,7 +462,7 @@ def make_rows(pairs, plain=False, device="cpu") -> Rows:
                 targets.append(ids.astype(np.int64))
     arrays = input_ids, position_ids, segments, np.concatenate(sources), np.concatenate(targets)
     tensors = map(torch.from_numpy, arrays)
-    if torch.device(device).type == "cuda":  # out of pinned memory, the copy does not wait
+    if device == "cuda":  # out of pinned memory, the copy does not wait
         tensors = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
     return Rows(*tensors, [len(ids) for ids in targets], plain)
 
@@ -644,79 +577,60 @@ def check_model(model, pair):
         raise UserError("--model: its log-probabilities are not finite; download the weights again")
     if (before - after).abs().max() > 1e-3 * before.abs().max():
         raise UserError("--model: its tokens see later ones; choose a causal language model")
-    rows = make_rows([pair])
     try:
-        shared = torch.stack(pair_logps(model, rows))[:, 0]
+        shared = torch.stack(pair_logps(model, make_rows([pair])))[:, 0]
     except (NotImplementedError, TypeError, ValueError) as error:  # what models raise at our masks
         return first_line(error), plain
     difference, bound = (shared - plain).abs().max().item(), 1e-4 * max(1.0, plain.abs().max())
     return None if difference <= bound else f"they are off by {difference:.1e}", plain
 
 
-class Policy(torch.nn.Module):
-    """The model with its layout of rows. FSDP gathers embedding and projection for its forward."""
-
-    def __init__(self, model, plain_rows):
-        super().__init__()
-        self.model, self.plain_rows = model, plain_rows
-
-    def forward(self, pairs, device):
-        return pair_logps(self.model, make_rows(pairs, self.plain_rows, device))
-
-
 # ------------------------------------------------------------------------------------ gradients
-
 METRICS = ["loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
 METRICS += ["logps/chosen", "logps/rejected"]
 
 
-def micro_batches(row_tokens, order, micro_tokens):
+def micro_batches(tokens, order, micro_tokens):
     """Split indices, the longest row first, into lists whose rows, padded to the longest, take at
-    most micro_tokens tokens. row_tokens: of the row of each index."""
+    most micro_tokens tokens. tokens: of the row of each index."""
     batches = []
     for i in order:
-        if batches and (len(batches[-1]) + 1) * row_tokens[batches[-1][0]] <= micro_tokens:
+        if batches and (len(batches[-1]) + 1) * tokens[batches[-1][0]] <= micro_tokens:
             batches[-1].append(i)
         else:
             batches.append([i])
     return batches
 
 
-def run_pairs(policy, pairs, indices, loss_fn, config, train=False):
+def run_pairs(model, pairs, indices, loss_fn, config, train=False):
     """Mean metrics over the pairs at these indices; to train, sum up the gradients of their loss.
 
     A micro-batch contributes the sum of its losses over the number of all pairs, so neither its
     size nor the number of processes matters. FloatingPointError names pairs whose loss is not
     finite.
     """
-    row_tokens = dict(zip(indices, pairs.take(list(indices)).row_tokens(policy.plain_rows)))
-    order = sorted(indices, key=lambda i: -row_tokens[i])
-    shares = [order[rank::WORLD_SIZE] for rank in range(WORLD_SIZE)]
-    batches = [micro_batches(row_tokens, share, config.micro_tokens) for share in shares]
-    work = [(batch, 1) for batch in batches[RANK]]
-    # FSDP hangs where processes run unequally many micro-batches, so some run one more for nothing
-    work += [(order[:1], 0)] * (max(map(len, batches)) - len(work))
-    figures, done = [torch.zeros(len(METRICS), 0, dtype=torch.float64, device=config.device)], []
-    for batch, weight in work:
+    tokens = dict(zip(indices, row_tokens([pairs[i] for i in indices], config.plain_rows)))
+    order = sorted(indices, key=lambda i: -tokens[i])
+    share = order[RANK::WORLD_SIZE]
+    figures = [torch.zeros(len(METRICS), 0, dtype=torch.float64, device=config.device)]
+    for batch in micro_batches(tokens, share, config.micro_tokens):
+        rows = make_rows([pairs[i] for i in batch], config.plain_rows, config.device)
         with torch.set_grad_enabled(train):
-            chosen, rejected = policy([pairs[i] for i in batch], config.device)
+            chosen, rejected = pair_logps(model, rows)
             losses, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected, pairs, batch)
-        if train:  # FSDP averages over processes, hence times their number
-            (losses.sum() * (weight * WORLD_SIZE / len(order))).backward()
+        if train:
+            (losses.sum() / len(order)).backward()
         margins = chosen_rewards - rejected_rewards
         values = losses, chosen_rewards, rejected_rewards, margins, margins > 0, chosen, rejected
-        if weight:
-            figures.append(torch.stack([value.detach().double() for value in values]))
-            done += batch
-    figures = torch.cat(figures, 1)
+        figures.append(torch.stack([value.detach().double() for value in values]))
+    figures = torch.cat(figures, 1)  # (metrics, pairs)
     sums = figures.sum(1)
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     means = dict(zip(METRICS, (sums / len(order)).tolist()))  # the only wait for the device
     if not math.isfinite(means["loss"]):
-        losses = zip(done, figures[0].tolist())
-        places = {pairs.places[i]: None for i, loss in losses if not math.isfinite(loss)}
-        where = ", ".join(list(places)[:10]) or "pairs of another process"
+        bad = [pairs[i].place for i, loss in zip(share, figures[0]) if not loss.isfinite()]
+        where = ", ".join(bad[:10]) or "pairs of another process"
         raise FloatingPointError(f"the loss is not finite, at {where}")
     return means
 
@@ -730,34 +644,42 @@ def learning_rate_at(step, steps, config):
 
 
 # ------------------------------------------------------------------------------------ weights
+ADAMW_STATE = "master", "exp_avg", "exp_avg_sq", "step"
+ADAMW = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+ADAMW |= dict(amsgrad=False, maximize=False, fused=True)
+
+
 class MasterAdamW:
     """AdamW on float32 master weights, whatever the model computes in and wherever masters live.
 
     At a learning rate of 1e-6 an update is a few millionths of a weight, and bfloat16 keeps eight
     bits: on bfloat16 weights nearly every update rounds to nothing. So the model computes with
-    copies of the masters, and gradients are summed in float32. Masters and moments take 12 bytes
-    per parameter and live on master_device, sums take 4 and live on sum_device.
+    copies of the masters, and gradients are summed in float32. Sums take 4 bytes per parameter and
+    live on sum_device. Masters and moments take 12 and live on master_device; each process keeps
+    those of its share of the parameters (ZeRO stage 1, arXiv 1910.02054).
     """
 
     def __init__(self, model, device, dtype, master_device, sum_device):
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters, self.adamws, self.sums, self.sum_device = {}, {}, {}, sum_device
+        self.owners, self.states, self.sums, self.sum_device = {}, {}, {}, sum_device
         copies = dtype != torch.float32 or len({device, master_device, sum_device}) > 1
+        owned = [0] * WORLD_SIZE  # weights by process
         for name, param in self.params.items():
-            master = param.detach().to(master_device) if copies else param
-            if copies:
-                param.data = master.to(device, dtype)
             param.register_post_accumulate_grad_hook(functools.partial(self.add_gradient, name))
-            # one AdamW per parameter, so that gradients visit the host one at a time, and moments
-            # from the start, so that a checkpoint can be read into them
-            adamw = torch.optim.AdamW([master], betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-            moments = dict(exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
-            adamw.state[master] = dict(step=torch.zeros((), device=master_device), **moments)
-            self.masters[name], self.adamws[name] = master, adamw
+            self.owners[name] = owner = owned.index(min(owned))
+            owned[owner] += param.numel()
+            master = param.detach()
+            if copies:
+                master = master.to(master_device)
+                param.data = master.to(device, dtype)
+            if owner == RANK:
+                moments = [torch.zeros_like(master), torch.zeros_like(master)]
+                values = [master, *moments, torch.zeros((), device=master.device)]
+                self.states[name] = dict(zip(ADAMW_STATE, values))
         model.to(device)
         self.buffer = None
         if master_device != device:  # conversion into fresh, pageable memory takes 15 times as long
-            largest = max(master.numel() for master in self.masters.values())
+            largest = max(param.numel() for param in self.params.values())
             self.buffer = torch.empty(largest, dtype=dtype, pin_memory=True)
 
     def add_gradient(self, name, param):
@@ -765,14 +687,21 @@ class MasterAdamW:
         self.sums[name] = self.sums[name].add_(grad) if name in self.sums else grad.float()
         param.grad = None
 
-    def release(self):
-        """Free masters and moments: to write the model takes no more memory than to train it."""
-        self.masters, self.adamws, self.sums, self.buffer = {}, {}, {}, None
+    def reduce(self):
+        """Add up the sums of all processes, each on the process that owns its master."""
+        for name, param in self.params.items():
+            if name not in self.sums:  # this process had no pair
+                self.sums[name] = torch.zeros(param.shape, device=self.sum_device)
+            dist.reduce(self.sums[name], self.owners[name])
+            if self.owners[name] != RANK:
+                del self.sums[name]
 
     def norm(self):
-        """Norm of the summed gradients; FloatingPointError where it is not finite."""
+        """Norm of the summed gradients of all processes; FloatingPointError if it is not finite."""
         norm = torch.nn.utils.get_total_norm([self.sums[n] for n in self.params if n in self.sums])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of FSDP's shards
+        if WORLD_SIZE > 1:
+            dist.all_reduce(norm.square_())
+            norm.sqrt_()
         if not norm.isfinite():
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
         return norm
@@ -780,40 +709,33 @@ class MasterAdamW:
     @torch.no_grad()
     def step(self, learning_rate, max_norm):
         """Clip the gradients, update masters and model, forget the gradients; return their norm.
-
-        Raises FloatingPointError, before any weight changes, where the norm is not finite.
-        """
+        FloatingPointError, before any weight changes, where the norm is not finite."""
+        if WORLD_SIZE > 1:
+            self.reduce()
         norm = self.norm()
         clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for name, gradient in self.sums.items():
-            master, adamw = self.masters[name], self.adamws[name]
-            master.grad = gradient.mul_(clip).to(master.device)
-            adamw.param_groups[0]["lr"] = learning_rate
-            adamw.step()
-            adamw.zero_grad()
-            self.copy_to_model(name)
+            master, exp_avg, exp_avg_sq, step = self.states[name].values()
+            grad, moments = gradient.mul_(clip).to(master.device), ([exp_avg], [exp_avg_sq], [])
+            adamw([master], [grad], *moments, [step], lr=learning_rate, **ADAMW)
         self.sums.clear()
+        self.update_model()
         return norm.item()
 
-    def copy_to_model(self, name):
-        """Copy a master into the model, unless it is the model's own parameter."""
-        master, param = self.masters[name], self.params[name]
-        if self.buffer is not None:
-            master = self.buffer[: master.numel()].view_as(master).copy_(master)
-        if master is not param:
-            param.data.copy_(master)
-
-    def state(self):
-        """Masters and moments by name: the tensors themselves, to be written or read into."""
-        tensors = {f"{name}.master": master.detach() for name, master in self.masters.items()}
-        for name, adamw in self.adamws.items():
-            for key, value in adamw.state[self.masters[name]].items():
-                tensors[f"{name}.{key}"] = value
-        return tensors
+    @torch.no_grad()
+    def update_model(self):
+        """Copy the masters into the model, on all processes."""
+        for name, param in self.params.items():
+            if name in self.states:
+                master = self.states[name]["master"]
+                if self.buffer is not None:
+                    master = self.buffer[: master.numel()].view_as(master).copy_(master)
+                param.data.copy_(master)
+            if WORLD_SIZE > 1:
+                dist.broadcast(param.data, self.owners[name])
 
 
 # ------------------------------------------------------------------------------------ checkpoints
-GIB = 2**30
 # What a resumed run may change; each change is recorded. The data are compared by their hash.
 MAY_CHANGE = "data eval_data out learning_rate device micro_tokens gradient_checkpointing compile "
 MAY_CHANGE += "master_device eval_every save_every"
@@ -823,7 +745,7 @@ def all_agree(flag):
     """Whether the flag is true on every process; none goes on before all have asked."""
     if WORLD_SIZE == 1:
         return flag
-    flags = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    flags = torch.tensor(int(flag))
     dist.all_reduce(flags, dist.ReduceOp.MIN)
     return bool(flags)
 
@@ -840,8 +762,6 @@ def check_out(config):
     out = Path(config.out)
     with one_line(f"--out {out}", "choose another folder"):
         names = os.listdir(out) if os.path.lexists(out) else []
-    if config.resume and "summary.json" in names:
-        raise UserError(f"--out {out}: the run in it has finished; choose another folder")
     if config.resume and not checkpoints(out):
         raise UserError(f"--resume: there is no checkpoint in {out}; start without --resume")
     if not config.resume and not {"metrics.jsonl", ".partial"}.issuperset(names):
@@ -850,13 +770,11 @@ def check_out(config):
 
 def open_run(config, pairs, eval_pairs, optimizer, on_exit):
     """Lock --out until on_exit ends, and return the state of its run: a new one, or with --resume
-    that of the newest whole checkpoint, read into optimizer and model. UserError where it is not
-    the run to resume."""
-    out, digest = Path(config.out), hashlib.sha256()
-    for part in (pairs, eval_pairs):
-        digest.update(part.tokens.tobytes() + part.bounds.tobytes())
-    state = dict(step=0, log_bytes=0, data_sha256=digest.hexdigest(), changes=[])
-    state["config"] = asdict(replace(config, resume=False))
+    that of the newest checkpoint, read into optimizer and model. UserError where it does not fit.
+    """
+    out, settings = Path(config.out), asdict(replace(config, resume=False))
+    tokens = [ids.tobytes() for pair in [*pairs, *eval_pairs] for ids in pair[:3]]
+    settings["pairs_sha256"] = hashlib.sha256(b" ".join(tokens)).hexdigest()
     if RANK == 0:
         with one_line(f"--out {out}", "another run may be writing there; choose another folder"):
             out.mkdir(parents=True, exist_ok=True)
@@ -866,47 +784,38 @@ def open_run(config, pairs, eval_pairs, optimizer, on_exit):
             check_out(config)  # again, since another run may have been here meanwhile
     all_agree(True)
     if not config.resume:
-        return state
-    for folder in checkpoints(out):
-        try:
-            old = json.loads((folder / "state.json").read_text())
-            if old["data_sha256"] != state["data_sha256"]:
-                raise UserError("--data, --eval-data, --seed: not the pairs of the run to resume")
-            for name, value in state["config"].items():
-                before, flag = old["config"].get(name), f"--{name.replace('_', '-')} {value}"
-                if before != value and name not in MAY_CHANGE.split():
-                    raise UserError(f"{flag}: the run to resume has {before}")
-                if before != value:
-                    change = f"{name} from {before} to {value} after step {old['step']}"
-                    old["changes"].append(change)
-            dcp.load(optimizer.state(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
-        except UserError:
-            raise
-        except (Exception, dcp.CheckpointException):  # the latter is no Exception
-            print(f"note: {folder} is damaged; going back to the one before")
-            continue
-        for name in optimizer.masters:
-            optimizer.copy_to_model(name)
-        print(f"resumed after step {old['step']}")
-        return old | {"config": state["config"]}
-    raise UserError(f"--resume: no checkpoint in {out} is whole; start in another --out")
+        return dict(step=0, log_bytes=0, config=settings, changes=[])
+    folder = checkpoints(out)[0]
+    with one_line(f"{folder} is damaged", "delete it, to resume from the one before"):
+        state = json.loads((folder / "state.json").read_text())
+        for name, value in settings.items():
+            old = state["config"][name]
+            if old != value and name not in MAY_CHANGE.split():
+                raise UserError(f"--resume: {name} is {value}, and was {old} in that run")
+            if old != value:
+                change = f"{name} from {old} to {value} after step {state['step']}"
+                state["changes"].append(change)
+        for name, tensors in optimizer.states.items():
+            for key, tensor in load_file(folder / f"{name}.safetensors").items():
+                tensors[key].copy_(tensor)
+    optimizer.update_model()
+    print(f"resumed after step {state['step']}")
+    return state | dict(config=settings)
 
 
 def save_checkpoint(out, state, optimizer):
-    """Write checkpoint-STEP as safetensors and JSON, and remove all but the one before it.
+    """Write checkpoint-STEP, a file per parameter, and remove all but the one before it.
 
     The folder gets its name when all of it is on the disk, so a folder of that name is whole.
     """
     folder, partial = out / f"checkpoint-{state['step']:06}", out / ".partial"
-    tensors, files, size = optimizer.state(), {}, 0
-    for key, tensor in tensors.items():  # torch builds a file in memory, so about a GiB each
-        files[key] = 1 + size // GIB
-        size += tensor.nbytes
     if RANK == 0:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir()
     all_agree(True)
-    options = dict(fqn_to_index_mapping=files, save_distributed=True)
-    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), **options))
+    for name, tensors in optimizer.states.items():
+        save_file(tensors, partial / f"{name}.safetensors")
+    all_agree(True)
     if RANK == 0:
         (partial / "state.json").write_text(json.dumps(state))
         os.sync()
@@ -916,140 +825,6 @@ def save_checkpoint(out, state, optimizer):
         found = checkpoints(out)
         for older in found[found.index(folder) + 2 :]:
             shutil.rmtree(older)
-    all_agree(True)
-
-
-# ------------------------------------------------------------------------------------ plan
-# bfloat16 operations per second from data sheets, without sparsity; the first name that fits
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
-PEAKS |= {"L40S": 362e12, "RTX 4090": 165e12}
-PLACEMENTS = {  # where masters and gradient sums live beside a GPU, the fastest first
-    "all on the GPU": ("cuda", "cuda"),
-    "masters on the host": ("cpu", "cuda"),
-    "masters and gradient sums on the host": ("cpu", "cpu"),
-}
-
-
-def pair_flops(model, pairs):
-    """Floating-point operations to train on each pair, (pairs,): what is needed, without repeats.
-
-    Six per weight and token, the projection for response tokens only, and twelve per layer, channel
-    of attention and (query, key) that attends. Source: PaLM, arXiv 2204.02311, appendix B.
-    """
-    config, head = model.config.get_text_config(), model.get_output_embeddings().weight
-    tied = head is model.get_input_embeddings().weight
-    body = model.num_parameters() - head.numel() * (1 if tied else 2)
-    heads = config.num_attention_heads
-    channels = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    prompt, chosen, rejected = np.diff(pairs.bounds).T.astype(float)
-    responses = chosen + rejected
-    attending = (prompt**2 + chosen**2 + rejected**2) / 2 + prompt * responses
-    attention = 12 * config.num_hidden_layers * channels * attending
-    return 6 * (body * (prompt + responses) + head.numel() * responses) + attention
-
-
-def memory_needed(model, config, longest, master_device, sum_device):
-    """GiB by kind at the peak of a step, on the device and on the host: {device: {kind: GiB}}.
-
-    Weights, gradients, masters and moments are exact; activations are an estimate, fitted to what
-    Llama, Mistral and Gemma-2 layers keep for the backward pass. longest: tokens of a row.
-    """
-    text, count = model.config.get_text_config(), model.num_parameters() / GIB / WORLD_SIZE
-    item = 2 if config.dtype == "bfloat16" else 4
-    tokens = min(max(config.micro_tokens, longest), config.batch_size * longest) / GIB
-    width, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
-    hidden = getattr(text, "intermediate_size", None) or 4 * width
-    layer = tokens * item * (16 * width + 4 * hidden)
-    if model.config._attn_implementation == "eager":  # it keeps the scores of every head
-        layer += 15 * tokens * text.num_attention_heads * longest
-    chunk = min(tokens * vocabulary, ProjectedLogps.chunk[config.device] / GIB)
-    logits = 12 * chunk + 15 * vocabulary * width / GIB
-    needs = {"cpu": {"python": 0.5}}
-    device = needs.setdefault(config.device, {})
-    device["weights"] = (item if WORLD_SIZE == 1 else 4) * count
-    device["activations"] = layer * layers + logits
-    if config.gradient_checkpointing:
-        device["activations"] = tokens * item * width * layers + max(layer, logits)
-    device["masks"] = 3 * tokens * longest * item
-    needs[sum_device]["gradient sums"] = 4 * count
-    copied = item == 2 or master_device != config.device
-    needs[master_device]["masters and moments"] = (12 if copied else 8) * count
-    return needs
-
-
-def totals(needs):
-    return {device: sum(sizes.values()) for device, sizes in needs.items()}
-
-
-def free_memory(device):
-    """GiB that a run may take: a GPU loses 5 % to fragmentation, and a container has a limit."""
-    if device == "cuda":
-        return 0.95 * torch.cuda.mem_get_info()[0] / GIB
-    limit = Path("/sys/fs/cgroup/memory.max")
-    limit = limit.read_text().strip() if limit.exists() else "max"
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return (min(total, int(limit)) if limit.isdigit() else total) / GIB
-
-
-def make_plan(config, pairs, eval_pairs):
-    """What the run needs and where masters go, from the model's config and the pairs alone.
-
-    Raises UserError where the pairs do not suit the model.
-    """
-    model = empty_model(config.model)
-    longest = max(int(p.row_tokens(True).max()) // 2 for p in (pairs, eval_pairs) if p)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    positions = positions // 8 * 8 if positions else longest  # make_rows rounds widths up to 8
-    if longest > positions:
-        what = f"a pair takes {longest} positions, and it has {positions}"
-        raise UserError(f"--model {config.model}: {what}; pass --max-length {positions}")
-    most = max(p.tokens.max() for p in (pairs, eval_pairs))
-    if most >= model.get_input_embeddings().num_embeddings:
-        raise UserError(f"--model {config.model}: the tokenizer has ids beyond the embedding")
-    steps = math.ceil(len(pairs) / config.batch_size) * config.epochs
-    steps = min(config.max_steps or steps, steps)
-    epochs = min(steps * config.batch_size / len(pairs), config.epochs)
-    name = torch.cuda.get_device_name() if config.device == "cuda" else ""
-    plan = dict(
-        parameters=model.num_parameters(),
-        steps=steps,
-        tokens=int(np.diff(pairs.bounds).sum() * epochs),
-        pflop=float(pair_flops(model, pairs).sum() * epochs) / 1e15,
-        peak_flops=next((peak for key, peak in PEAKS.items() if key in name), None),
-        # a checkpoint has 12 bytes per parameter, and three exist for a moment; the model has 2
-        disk_gib=(2 + 12 * (3 if config.save_every else 1)) * model.num_parameters() / GIB,
-    )
-    rows = longest if config.plain_rows else int(pairs.row_tokens(False).max())
-    plan["one_gpu_gib"] = {}
-    gpu = replace(config, device="cuda", dtype="bfloat16", gradient_checkpointing=True)
-    gpu.micro_tokens = config.micro_tokens if name else 16384
-    for title, places in PLACEMENTS.items():
-        plan["one_gpu_gib"][title] = totals(memory_needed(model, gpu, rows, *places))
-    places = list(PLACEMENTS.values()) if name and WORLD_SIZE == 1 else [(config.device,) * 2]
-    places = [place for place in places if config.master_device in ("auto", place[0])]
-    if not places:
-        raise UserError(f"--master-device {config.master_device}: not in this run; leave it out")
-    for place in places:  # the first that fits, or else the last
-        needs = memory_needed(model, config, rows, *place)
-        plan["places"], plan["memory_gib"] = place, needs
-        plan["fits"] = all(gib <= free_memory(device) for device, gib in totals(needs).items())
-        if plan["fits"]:
-            break
-    return plan
-
-
-def plan_text(config, plan):
-    """The plan in words; with --plan also what one GPU would need, on any machine."""
-    lines = [f"{plan['parameters'] / 1e6:,.1f} M parameters in {config.dtype} on {config.device}"]
-    lines.append(f"{plan['tokens']:,} tokens in {plan['steps']} steps of {config.batch_size} pairs")
-    for device, gib in totals(plan["memory_gib"]).items():
-        lines.append(f"memory on {device}: {gib:.1f} GiB, of {free_memory(device):.0f}")
-        if config.plan:
-            lines += [f"  {k:20}{gib:8.2f}" for k, gib in plan["memory_gib"][device].items()]
-    lines.append(f"disk: {plan['disk_gib']:.2f} GiB; work: {plan['pflop']:.3g} PFLOP")
-    for title, needs in plan["one_gpu_gib"].items() if config.plan else ():
-        lines.append("one GPU, {}: {cuda:.1f} GiB, host {cpu:.1f}".format(title, **needs))
-    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------ training
@@ -1083,103 +858,65 @@ def peak_memory(device):
 
 
 def build(config, places, pairs, loss_fn):
-    """(policy, optimizer), checked in float32 and rehearsed in the training dtype: the largest
-    micro-batch runs forward and backward, so that what would fail hours later fails now."""
+    """(model, optimizer), after a rehearsal: the largest micro-batch of the run goes forward and
+    backward, so that what would fail hours later fails now, as UserError. Turns config.plain_rows
+    on where shared rows are wrong for the model."""
     model = load_model(config.model, config.gradient_checkpointing)
-    prompt, chosen, rejected = pairs[int(pairs.row_tokens(False).argmax())]
+    prompt, chosen, rejected, _ = pairs[row_tokens(pairs, plain=False).argmax()]
     pair = prompt[-256:], chosen[:128], rejected[:128]  # seconds on a CPU, for 7B too
     reason, exact = check_model(model, pair)
-    plain_rows = config.plain_rows or not all_agree(reason is None)
-    if plain_rows and not config.plain_rows:
+    if not all_agree(config.plain_rows or reason is None):
         print(f"note: falling back to plain rows, slower and right; with shared rows, {reason}")
-    policy, dtype = Policy(model, plain_rows), getattr(torch, config.dtype)
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    layers = max(lists, key=len, default=[])  # the decoder is the longest
+        config.plain_rows = True
     if config.compile:
         # a layer is compiled anew for each kind of mask, with gradients and without
         torch._dynamo.config.recompile_limit = 64
-        for layer in layers:
+        lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+        for layer in max(lists, key=len, default=[]):  # the decoder is the longest
             layer.compile(dynamic=True)
-    if WORLD_SIZE > 1:  # layer by layer from the CPU: a GPU holds its shards and one whole layer
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        mesh = dist.init_device_mesh(config.device, (WORLD_SIZE,))
-        for module in [*layers, policy]:
-            fully_shard(module, mesh=mesh, mp_policy=precision)
-        dtype = torch.float32  # of the shards, which are the masters
-    optimizer = MasterAdamW(model, config.device, dtype, *places)
-    row_tokens = pairs.row_tokens(plain_rows)
-    longest = int(row_tokens.argmax())
-    copies = config.micro_tokens // int(row_tokens[longest])
-    copies = max(1, min(copies, config.batch_size)) * WORLD_SIZE
+    optimizer = MasterAdamW(model, config.device, getattr(torch, config.dtype), *places)
+    tokens = row_tokens(pairs, config.plain_rows)
+    longest = int(tokens.argmax())
+    copies = max(1, min(config.micro_tokens // int(tokens[longest]), config.batch_size))
     bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # ten times what rounding was seen to do
     try:
         with torch.no_grad():
-            rounded = torch.cat(policy([pair], config.device)).cpu()
+            rows = make_rows([pair], config.plain_rows, config.device)
+            rounded = torch.cat(pair_logps(model, rows)).cpu()
         if (rounded - exact).abs().max() > bound * max(1.0, exact.abs().max()):
             raise FloatingPointError(f"log-probabilities {rounded.tolist()}, not {exact.tolist()}")
-        run_pairs(policy, pairs, [longest] * copies, loss_fn, config, train=True)
+        run_pairs(model, pairs, [longest] * copies * WORLD_SIZE, loss_fn, config, train=True)
         optimizer.norm()
     except FloatingPointError as error:
         remedy = "lower --alpha, or compute in --dtype float32"
         raise UserError(f"rehearsal of the longest pair: {error}; {remedy}") from error
     optimizer.sums.clear()
     print(f"the longest pair took {peak_memory(config.device):.2f} GiB, forward and backward")
-    return policy, optimizer
+    return model, optimizer
 
 
 def save_model(model, tokenizer, summary, out):
     """Write model (bfloat16), tokenizer, and summary.json last: then all is there."""
-    state, written = {}, {}
-    for name, param in model.state_dict(keep_vars=True).items():
-        if id(param) not in written:  # tied weights are one parameter under two names
-            whole = param.full_tensor() if hasattr(param, "full_tensor") else param
-            dtype = torch.bfloat16 if whole.is_floating_point() else whole.dtype
-            written[id(param)] = whole.detach().to("cpu", dtype) if RANK == 0 else None
-        state[name] = written[id(param)]
-    if RANK:
-        return
-    folder, name = out / ".partial", summary["config"]["model"]
+    folder = out / ".partial"
     shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
-    shell = empty_model(name).to(torch.bfloat16)  # its config then says bfloat16
-    shell.config = from_pretrained(AutoConfig, name)  # with the dropouts of its authors
-    shell.generation_config = model.generation_config
-    shell.save_pretrained(folder, state_dict=state)
+    # the config of its authors, with their dropouts
+    model.config = from_pretrained(AutoConfig, summary["config"]["model"])
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    umask = os.umask(0)
-    os.umask(umask)
+    mode = (folder / "summary.json").stat().st_mode
     os.sync()
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "summary.json"):
-        path.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
+        path.chmod(mode)  # safetensors makes files that only their owner can read
         path.replace(out / path.name)
     folder.rmdir()
 
 
-def summarize(config, plan, state):
-    """Settings, versions and speed of a run that ends; the speed is read from its log."""
-    with open(Path(config.out) / "metrics.jsonl") as file:
-        log = [json.loads(line) for line in file]
-    steps = [metrics for metrics in log if "loss" in metrics]
-    keys = "pairs", "tokens", "tflops", "seconds", "optimizer_seconds"
-    sums = {key: sum(metrics[key] for metrics in steps) for key in keys}
-    seconds, peak = sums["seconds"] or math.inf, plan["peak_flops"]
-    rates = {f"{key}_per_second": sums[key] / seconds for key in ("pairs", "tokens", "tflops")}
-    return dict(
-        config=asdict(config),
-        changes=state["changes"],
-        versions=dict(torch=torch.__version__, transformers=transformers.__version__),
-        data_sha256=state["data_sha256"],
-        plan=plan,
-        processes=WORLD_SIZE,
-        steps=plan["steps"],
-        seconds=sums["seconds"],
-        **rates,
-        share_of_peak=peak and 1e12 * rates["tflops_per_second"] / peak / WORLD_SIZE,
-        optimizer_share=sums["optimizer_seconds"] / seconds,
-        peak_memory_gib=peak_memory(config.device),
-    )
+def beside(module, function, *args):
+    """Call a function of data/, for the plan and the report. This file alone does without them."""
+    path = TINY.parent / f"{module}.py"
+    sys.modules.setdefault("alphapo", sys.modules[__name__])  # where this file runs as a script
+    return runpy.run_path(str(path))[function](*args) if path.exists() else None
 
 
 def train(config: Config, loss_fn=None) -> dict | None:
@@ -1206,49 +943,42 @@ def train(config: Config, loss_fn=None) -> dict | None:
         if WORLD_SIZE > 1 and not dist.is_initialized():
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
+            dist.init_process_group()  # gloo for what is on the CPU, nccl for what is on a GPU
         # cuDNN's backward under a mask can give NaN where the length is 64 modulo 128, and it plans
         # anew for every shape (pytorch issue 196678)
         torch.backends.cuda.enable_cudnn_sdp(False)
         check_out(config)  # before data and weights, which take minutes
-        tokenizer, pairs, eval_pairs = load_data(config)
-        plan = make_plan(config, pairs, eval_pairs)
-        print(plan_text(config, plan))
-        if not plan["fits"]:
-            remedy = "see --plan; lower --micro-tokens, use more GPUs or a smaller model"
-            raise UserError(
-                f"--model {config.model}: does not fit in this machine's memory; {remedy}"
-            )
-        folder = next(path for path in [out.absolute(), *out.absolute().parents] if path.exists())
-        room = shutil.disk_usage(folder).free / GIB
-        if room < plan["disk_gib"] and not config.resume:
-            raise UserError(f"--out {out}: the disk has no room for {plan['disk_gib']:.1f} GiB")
-        policy, optimizer = build(config, plan["places"], pairs, loss_fn)
-        ratio = f"(gamma/beta {config.gamma / config.beta:g})"
-        print(f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g} {ratio}")
+        tokenizer, pairs, eval_pairs, notes = load_data(config)
+        plan = beside("plan", "make_plan", config, pairs, eval_pairs)
+        places = plan["places"] if plan else (config.device, config.device)
+        model, optimizer = build(config, places, pairs, loss_fn)
         state = open_run(config, pairs, eval_pairs, optimizer, on_exit)
         log = open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a", buffering=1)
-        on_exit.callback(log.close)
+        on_exit.enter_context(log)
         if RANK == 0:  # keep what the checkpoint knows, in whole lines
             known = (out / "metrics.jsonl").read_bytes()[: state["log_bytes"]]
             log.truncate(known.rfind(b"\n") + 1)
-        signals, run = catch_signals(on_exit), functools.partial(run_pairs, policy)
+        ratio = f"(gamma/beta {config.gamma / config.beta:g})"
+        print(f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g} {ratio}")
 
-        def evaluate(step):
-            metrics = run(eval_pairs, range(len(eval_pairs)), loss_fn, config) if eval_pairs else {}
-            metrics = {f"eval_{key}": value for key, value in metrics.items()}
-            log.write(json.dumps({"step": step} | metrics) + "\n")
-            return metrics
+        def evaluate():
+            everything = range(len(eval_pairs))
+            means = run_pairs(model, eval_pairs, everything, loss_fn, config) if eval_pairs else {}
+            means = {f"eval_{key}": value for key, value in means.items()}
+            log.write(json.dumps({"step": state["step"]} | means) + "\n")
+            return means
 
         def save():
-            save_checkpoint(out, state | {"log_bytes": log.tell()}, optimizer)
+            state["log_bytes"] = log.tell()
+            save_checkpoint(out, state, optimizer)
 
         if not config.resume:
-            state["before"] = evaluate(0)
-        tflops, tokens = pair_flops(policy.model, pairs) / 1e12, pairs.row_tokens(False)
-        steps, steps_per_epoch = plan["steps"], math.ceil(len(pairs) / config.batch_size)
+            state["before"] = evaluate()
+        steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
+        steps = min(config.max_steps or math.inf, steps_per_epoch * config.epochs)
+        signals, tokens = catch_signals(on_exit), lengths(pairs).sum(1)
         progress = tqdm(total=steps, initial=state["step"], unit="step", disable=RANK > 0)
-        on_exit.callback(progress.close)
+        on_exit.enter_context(progress)
         for step in range(state["step"], steps):
             epoch, batch = divmod(step, steps_per_epoch)
             order = np.random.default_rng([config.seed, epoch]).permutation(len(pairs))
@@ -1256,82 +986,67 @@ def train(config: Config, loss_fn=None) -> dict | None:
             learning_rate = learning_rate_at(step, steps, config)
             start = time.perf_counter()
             try:
-                metrics = run(pairs, indices, loss_fn, config, train=True)
+                metrics = run_pairs(model, pairs, indices, loss_fn, config, train=True)
                 summed = time.perf_counter()
                 metrics["grad_norm"] = optimizer.step(learning_rate, config.max_grad_norm)
             except FloatingPointError as error:
                 if step:
                     save()
-                places = ", ".join(pairs.places[i] for i in indices[:10])
+                places = ", ".join(pairs[i].place for i in indices[:10])
                 where = f"step {step + 1}, pairs {places} ..."
-                raise FloatingPointError(f"{where}: {error}") from error
-            end = time.perf_counter()
+                raise FloatingPointError(f"{where}: {error}; lower --learning-rate") from error
+            end, state["step"] = time.perf_counter(), step + 1
             metrics["learning_rate"], metrics["epoch"] = learning_rate, (step + 1) / steps_per_epoch
             metrics["pairs"], metrics["tokens"] = len(indices), int(tokens[indices].sum())
-            metrics["tflops"] = float(tflops[indices].sum())
             metrics["seconds"], metrics["optimizer_seconds"] = end - start, end - summed
             log.write(json.dumps({"step": step + 1} | metrics) + "\n")
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             progress.update()
-            state["step"] = step + 1
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
-                evaluate(step + 1)
+                evaluate()
             stopped = not all_agree(not signals)
-            due = config.save_every and (step + 1) % config.save_every == 0
-            if stopped or due:
+            if stopped or config.save_every and (step + 1) % config.save_every == 0:
                 save()
             if stopped:
                 raise Stopped(signals[0] if signals else signal.SIGTERM, step + 1)
         progress.close()
-        with torch.no_grad():  # round to what is written, so that the last figures are of the files
-            for param in policy.parameters():
-                param.copy_(param.bfloat16())
-        optimizer.release()
-        after = evaluate(steps)
-        facts = dict(pairs=len(pairs), eval_pairs=len(eval_pairs), plain_rows=policy.plain_rows)
-        facts |= dict(notes=pairs.notes, before=state["before"], after=after)
-        summary = summarize(config, plan, state) | facts if RANK == 0 else None
-        save_model(policy.model, tokenizer, summary, out)
+        optimizer.states.clear()  # so that writing the model takes no more memory than training it
+        for param in model.parameters():  # the last figures are then those of what is written
+            param.data.copy_(param.data.bfloat16())
+        state |= dict(after=evaluate(), plan=plan, notes=notes, processes=WORLD_SIZE)
+        state |= dict(pairs=len(pairs), eval_pairs=len(eval_pairs))
+        state |= dict(torch=torch.__version__, transformers=transformers.__version__)
+        state["peak_memory_gib"] = peak_memory(config.device)
         if RANK == 0:
-            try:
-                print(runpy.run_path(str(TINY.parent / "report.py"))["report"](out))
-            except Exception as error:  # no picture is worth losing a run over
-                print(f"note: no report: {first_line(error)}")
+            save_model(model, tokenizer, state, out)
         all_agree(True)  # the others wait for the first, or their exit would end it
-        return summary
+        return None if RANK else state
 
 
 # ------------------------------------------------------------------------------------ command line
 def fail(message, status=2):
-    rank = f" (rank {RANK})" if RANK else ""
-    print(f"alphapo{rank}: {message}", file=sys.stderr, flush=True)
+    print(f"alphapo: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def parse_arguments(argv):
     """The settings of a command line, over the defaults of the preset that --model names."""
-    presets = "presets, by --model; the defaults above are those of the one given, or of tiny:"
+    presets = "Presets, by --model; the defaults above are those of the one given, or of tiny."
     for name, preset in PRESETS.items():
         c = Config(**preset)
-        presets += f"\n  {name:20} alpha {c.alpha:g}, beta {c.beta:g}, gamma {c.gamma:g} "
-        presets += f"(gamma/beta {c.gamma / c.beta:g}), learning rate {c.learning_rate:g}"
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--model", default="tiny")
-    first.add_argument("--data")
-    given, _ = first.parse_known_args(argv)
-    preset = dict(PRESETS.get(given.model, {}))
-    if given.data:
-        preset.pop("eval_data", None)  # a preset's held-out pairs belong to its own data
-    style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=100)
-    about = dict(description=__doc__.split("\n")[0], epilog=presets, formatter_class=style)
+        presets += f" {name}: alpha {c.alpha:g}, beta {c.beta:g}, gamma {c.gamma:g} (gamma/beta "
+        presets += f"{c.gamma / c.beta:g}), learning rate {c.learning_rate:g}."
+    about = dict(description=__doc__.split("\n")[0], epilog=presets)
     parser = HfArgumentParser(Config, allow_abbrev=False, **about)
     parser.error = fail  # in place of a screen of usage
-    parser.set_defaults(**preset)
     for action in parser._actions:  # every flag is accepted with underscores too, but shown once
         action.option_strings = action.option_strings[-1:]
         action.metavar = None if action.choices else "X"
-        if action.default not in (None, False, argparse.SUPPRESS):
-            action.help += " [%(default)s]"
+    values, _ = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
+    preset = dict(PRESETS.get(values.model, {}))
+    if values.data:
+        preset.pop("eval_data", None)  # a preset's held-out pairs belong to its own data
+    parser.set_defaults(**preset)
     values, unknown = parser.parse_known_args(argv)
     for flag in unknown[:1]:
         near = difflib.get_close_matches(flag, parser._option_string_actions, 1) or ["--help"]
@@ -1341,46 +1056,34 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.simplefilter("ignore")  # torch's checkpoints warn that there is one process,
-    logging.disable()  # and print the traces of what we report in a line
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     config = parse_arguments(argv)
     try:
         if config.plan:
             config = resolve(config)
-            print(plan_text(config, make_plan(config, *load_data(config)[1:])))
-        else:
-            train(config)
+            beside("plan", "make_plan", config, *load_data(config)[1:3])
+        elif train(config):
+            print(beside("report", "report", config.out) or "")
     except UserError as error:
         fail(error)
     except Stopped as error:
         number, step = error.args
-        if RANK:
-            sys.exit(128 + number)
         processes = os.environ.get("LOCAL_WORLD_SIZE")
         launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
         command = shlex.join([arg for arg in sys.argv if arg != "--resume"])
         command = f"{launcher} {command} --resume"
         fail(f"stopped after step {step} and saved; continue with: {command}", 128 + number)
-    except FloatingPointError as error:
-        remedy = "start again with a lower --learning-rate or --alpha"
-        if checkpoints(Path(config.out)):
-            remedy = "start again in another --out with a lower --learning-rate, or --resume with "
-            remedy += "one, if the loss was sound until then"
-        fail(f"{error}; {remedy}", 1)
-    except (OSError, torch.OutOfMemoryError, dcp.CheckpointException) as error:  # a full disk, say
+    except (FloatingPointError, OSError, torch.OutOfMemoryError, SafetensorError) as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains again at its end
-        remedy = "nothing was saved"
-        if checkpoints(Path(config.out)):
-            remedy = "what was saved is whole; continue with --resume"
-        if isinstance(error, torch.OutOfMemoryError):
-            remedy = f"lower --micro-tokens or --max-length; {remedy}"
-        # below the tracebacks of all processes
-        fail(f"{str(error).strip().splitlines()[-1]}; {remedy}", 1)
+        remedy = "lower --micro-tokens; " if isinstance(error, torch.OutOfMemoryError) else ""
+        saved = checkpoints(Path(config.out))
+        remedy += "what was saved is whole: --resume" if saved else "nothing was saved: start again"
+        fail(f"{first_line(error)}; {remedy}", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -43,8 +43,7 @@ import sys, torch, alphapo
 gib = float(sys.argv.pop(1))
 whole = torch.cuda.get_device_properties(0).total_memory / 2**30
 torch.cuda.set_per_process_memory_fraction(gib / whole)
-free = alphapo.free_memory
-alphapo.free_memory = lambda device: 0.95 * gib if device == "cuda" else free(device)
+torch.cuda.mem_get_info = lambda: (gib * 2**30, gib * 2**30)
 alphapo.main()
 """
 
@@ -100,9 +99,15 @@ def run_ours(model, data, batch_size, flags, card_gib=None):
     steps = [metrics for metrics in steps if "loss" in metrics]
     later = steps[1:] or steps  # the first step warms up
     seconds = sum(metrics["seconds"] for metrics in later)
-    result = {key: summary[key] for key in ("optimizer_share", "share_of_peak", "plain_rows")}
-    result["seconds_per_pair"] = summary["seconds"] / sum(metrics["pairs"] for metrics in steps)
-    result["tflops_without_first_step"] = sum(metrics["tflops"] for metrics in later) / seconds
+    total = {key: sum(metrics[key] for metrics in steps) for key in ("seconds", "pairs")}
+    result = dict(plain_rows=summary["config"]["plain_rows"])
+    result["seconds_per_pair"] = total["seconds"] / total["pairs"]
+    optimizer_seconds = sum(metrics["optimizer_seconds"] for metrics in later)
+    result["optimizer_share"] = optimizer_seconds / seconds
+    plan, tokens = summary["plan"], sum(metrics["tokens"] for metrics in later)
+    tflops = 1e3 * plan["pflop"] * tokens / plan["tokens"] / seconds
+    result["tflops_without_first_step"] = tflops
+    result["share_of_peak"] = plan["peak_flops"] and 1e12 * tflops / plan["peak_flops"]
     result["peak_gib"] = summary["peak_memory_gib"]
     result["plan_gib"] = summary["plan"]["memory_gib"]
     result["losses"] = [metrics["loss"] for metrics in steps]

@@ -103,31 +103,43 @@ def plot_curves(runs, path):
         figure.savefig(path, transparent=True, dpi=110)
 
 
-def table(summary):
+def table(run):
     """What a run did to the held-out pairs, and how fast it was, in words."""
-    lines, before, after = [], summary["before"], summary["after"]
-    if before:
+    summary = json.loads((Path(run) / "summary.json").read_text())
+    lines, plan, (steps, _) = [], summary["plan"], read_log(run)
+    if summary["eval_pairs"]:
         heading = f"{summary['eval_pairs']:5} held-out pairs"
         lines.append(f"{heading:24}{'before':>10}{'after':>10}{'change':>10}")
-    for key, old in before.items():
-        name, new = key.removeprefix("eval_"), after[key]
-        lines.append(f"{name:24}{old:10.4f}{new:10.4f}{new - old:+10.4f}")
-    speed = "{pairs_per_second:.2f} pairs/s, {tokens_per_second:.0f} tokens/s, "
-    speed += "{tflops_per_second:.3g} TFLOP/s"
-    if summary["share_of_peak"]:
-        speed += " ({share_of_peak:.0%} of the data sheet)"
-    rest = "optimizer {optimizer_share:.0%} of the time, peak memory {peak_memory_gib:.2f} GiB"
-    return "\n".join([*lines, speed.format(**summary), rest.format(**summary)])
+    for key, before in summary["before"].items():
+        name, after = key.removeprefix("eval_"), summary["after"][key]
+        lines.append(f"{name:24}{before:10.4f}{after:10.4f}{after - before:+10.4f}")
+    if not steps["step"].size:  # a log that was lost, or a run without a step
+        return "\n".join(lines)
+    total = {key: values.sum() for key, values in steps.items()}
+    seconds = total["seconds"]
+    pairs, tokens = total["pairs"] / seconds, total["tokens"] / seconds
+    lines.append(f"{pairs:.2f} pairs/s, {tokens:.0f} tokens/s")
+    if plan:
+        flops = 1e15 * plan["pflop"] * total["tokens"] / plan["tokens"] / seconds
+        lines[-1] += f", {flops / 1e12:.3g} TFLOP/s"
+        if plan["peak_flops"]:
+            share = flops / plan["peak_flops"] / summary["processes"]
+            lines[-1] += f" ({share:.0%} of the data sheet)"
+    share = total["optimizer_seconds"] / seconds
+    memory = summary["peak_memory_gib"]
+    lines.append(f"optimizer {share:.0%} of the time, peak memory {memory:.2f} GiB")
+    return "\n".join(lines)
 
 
-def card(summary):
+def card(run):
     """The model card of a run: where the model comes from, its figures and all settings."""
+    summary = json.loads((Path(run) / "summary.json").read_text())
     config = summary["config"]
     lines = ["---", "library_name: transformers", "tags: [alphapo]", "---"]
     lines += [f"# {Path(config['model']).name}, AlphaPO", ""]
     lines += [f"{config['model']}, aligned with AlphaPO (arXiv 2501.03884)"]
     lines += [f"on {summary['pairs']} preference pairs of {config['data']}.", ""]
-    lines += ["```", table(summary), "```", "", "| setting | value |", "| --- | --- |"]
+    lines += ["```", table(run), "```", "", "| setting | value |", "| --- | --- |"]
     lines += [f"| {key} | {value} |" for key, value in config.items()]
     lines += [f"\nChanged on resuming: {change}" for change in summary["changes"]]
     return "\n".join(lines) + "\n"
@@ -135,13 +147,12 @@ def card(summary):
 
 def report(run):
     """Write the card and the curves of a run into its folder, and return its table."""
-    summary = json.loads((Path(run) / "summary.json").read_text())
-    (Path(run) / "README.md").write_text(card(summary))
+    (Path(run) / "README.md").write_text(card(run))
     try:
         plot_curves([run], Path(run) / "curves.png")
     except Exception as error:  # no picture is worth losing a run over
         print(f"note: no curves.png: {error}")
-    return table(summary)
+    return table(run)
 
 
 def main():

@@ -33,7 +33,7 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 def reference_logps(model_name, data, eval_data):
     """Mean log-probabilities of all pairs before training: {"file:line": [chosen, rejected]}."""
     config = alphapo.Config(model=model_name, data=data, eval_data=eval_data)
-    _, train_pairs, eval_pairs = alphapo.load_data(alphapo.resolve(config))
+    _, train_pairs, eval_pairs, _ = alphapo.load_data(alphapo.resolve(config))
     model = alphapo.load_model(model_name)
     reference = {}
     for pairs in (train_pairs, eval_pairs):
@@ -42,7 +42,7 @@ def reference_logps(model_name, data, eval_data):
             rows = alphapo.make_rows([pairs[i] for i in batch])
             logps = torch.stack(alphapo.pair_logps(model, rows), 1)  # (pairs, 2)
             for i, both in zip(batch, logps):
-                reference[pairs.places[i]] = both
+                reference[pairs[i].place] = both
     return reference
 
 
@@ -55,9 +55,9 @@ class ReferenceDPO:
 
     def __call__(self, chosen_logps, rejected_logps, pairs, batch):
         device = chosen_logps.device
-        lengths = [[len(response) for response in pairs[i][1:]] for i in batch]
+        lengths = [[len(response) for response in pairs[i][1:3]] for i in batch]
         lengths = torch.tensor(lengths, device=device)  # (pairs, 2)
-        reference = torch.stack([self.reference[pairs.places[i]] for i in batch]).to(device)
+        reference = torch.stack([self.reference[pairs[i].place] for i in batch]).to(device)
         chosen, rejected = (torch.stack([chosen_logps, rejected_logps], 1) * lengths).unbind(1)
         ref_chosen, ref_rejected = (reference * lengths).unbind(1)
         return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, self.beta)

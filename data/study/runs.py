@@ -114,7 +114,7 @@ class KeepHeldOutLogps:
         if not torch.is_grad_enabled():  # an evaluation, and no training step
             logps = torch.stack([chosen_logps, rejected_logps], 1).tolist()
             for i, both in zip(batch, logps):
-                self.logps.setdefault(pairs.places[i], []).append(both)
+                self.logps.setdefault(pairs[i].place, []).append(both)
         return alphapo.alphapo_loss(chosen_logps, rejected_logps, *self.settings)
 
 
