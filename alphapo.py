@@ -10,9 +10,8 @@
     python alphapo.py --model FOLDER --data PAIRS.jsonl --learning-rate 1e-6
     torchrun --nproc-per-node 8 alphapo.py --model mistral-7b-instruct
 
-Left out on purpose: a reference model (the method needs none), a second pass over the prompt, whole
-logits (a model that needs those two gets them), LoRA, and code or pickles that come with a model.
-Each section uses only what stands above it.
+Left out on purpose: a reference model, which the method does not need, LoRA, and code or pickles
+that come with a model. Each section uses only what stands above it.
 
 AlphaPO: Gupta et al. 2025, arXiv 2501.03884. SimPO: Meng et al. 2024, arXiv 2405.14734.
 """
@@ -26,7 +25,6 @@ import json
 import math
 import os
 import re
-import resource
 import runpy
 import shlex
 import shutil
@@ -41,7 +39,6 @@ from typing import Literal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports without a traceback
 
-import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -57,10 +54,8 @@ from transformers.hf_argparser import HfArg
 # ------------------------------------------------------------------------------------ the loss
 def alphapo_reward(logps, alpha):
     """Reward (1 - exp(-alpha * logp)) / alpha of each response, before beta (arXiv 2501.03884).
-
     logps: mean log-probability per token (nats), any shape. alpha: 0 gives logps, SimPO's reward.
-    Returns float64, same shape: expm1 keeps the digits that 1 - exp(.) loses near alpha = 0.
-    """
+    Returns float64, same shape: expm1 keeps the digits that 1 - exp(.) loses near alpha = 0."""
     logps = logps.double()
     return -torch.expm1(-alpha * logps) / alpha if alpha else logps
 
@@ -76,13 +71,9 @@ def alphapo_loss(chosen_logps, rejected_logps, alpha, beta, gamma):
         alpha, beta: shape and scale of the reward; alpha 0 is SimPO.
         gamma: target margin. It is the margin itself, while SimPO's settings state gamma / beta.
 
-    Returns:
-        (losses, chosen_rewards, rejected_rewards), (pairs,) each, in the dtype of chosen_logps.
-        Rewards are multiplied by beta and carry no gradient.
-
-    Raises:
-        ValueError: the shapes differ, so that broadcasting would compare the wrong responses.
-    """
+    Returns (losses, chosen_rewards, rejected_rewards), (pairs,) each, in the dtype of chosen_logps.
+    Rewards are multiplied by beta and carry no gradient. Raises ValueError where the shapes differ,
+    because broadcasting would compare the wrong responses."""
     if chosen_logps.shape != rejected_logps.shape:
         raise ValueError(f"shapes differ: {chosen_logps.shape} and {rejected_logps.shape}")
     chosen_rewards = beta * alphapo_reward(chosen_logps, alpha)
@@ -98,7 +89,6 @@ class UserError(Exception):
 
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
-GIB = 2**30
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 # fmt: off
 PRESETS = {
@@ -163,11 +153,9 @@ def resolve(config: Config) -> Config:
     for name, value in asdict(config).items():
         low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
         if type(value) in (int, float) and not low <= value <= high:
-            flag = f"--{name.replace('_', '-')} {value}"
-            raise UserError(f"{flag}: must be from {low:g} to {high:g}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low:g} to {high:g}")
     if config.data is None:
-        presets = ", ".join(PRESETS)
-        raise UserError(f"--data is missing: name a file, or one of these as --model: {presets}")
+        raise UserError("--data is missing: name a file of pairs, or a preset as --model (--help)")
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     if "cuda" in (config.device, config.master_device) and not on_gpu:
         raise UserError("--device cuda, --master-device cuda: torch sees no GPU; leave them out")
@@ -176,18 +164,18 @@ def resolve(config: Config) -> Config:
     config.micro_tokens = config.micro_tokens or (16384 if on_gpu else 512)
     if config.gradient_checkpointing is None:
         config.gradient_checkpointing = on_gpu
-    if config.max_prompt_length is None:
-        config.max_prompt_length = config.max_length - min(248, config.max_length // 2)
+    room = min(248, config.max_length // 2)  # what a cut prompt leaves to its responses
+    config.max_prompt_length = config.max_prompt_length or config.max_length - room
     if config.max_prompt_length >= config.max_length:
         raise UserError("--max-prompt-length: must be below --max-length")
-    if os.path.isdir(config.model):
-        config.model = os.path.abspath(config.model)  # a resumed run may start in another folder
     return config
 
 
-def first_line(error):
-    """What an exception says, without the paragraphs that some libraries add."""
-    return getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or repr(error)
+def beside(module, function, *args):
+    """Call a function of a script in data/: plan, report or hub. Alone, this file does without."""
+    path = TINY.parent / f"{module}.py"
+    sys.modules.setdefault("alphapo", sys.modules[__name__])  # where this file runs as a script
+    return runpy.run_path(str(path))[function](*args) if path.exists() else None
 
 
 @contextlib.contextmanager
@@ -197,28 +185,18 @@ def one_line(what, remedy):
         yield
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"{what}: {first_line(error)} ({remedy})") from error
-
-
-def ask_hub(config):
-    """Where a name is not on this disk, find out whether the hub answers: without a network,
-    libraries try again for a minute."""
-    names = config.model, config.data, config.eval_data or config.data
-    if not all(map(os.path.exists, names)):
-        try:
-            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-        except Exception:
-            os.environ["HF_HUB_OFFLINE"] = "1"
-            huggingface_hub.constants.HF_HUB_OFFLINE = True
+    except Exception as error:  # some libraries add paragraphs to what they say
+        why = getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or repr(error)
+        raise UserError(f"{what}: {why} ({remedy})") from error
 
 
 def from_pretrained(kind, name, **options):
     """Load a config, tokenizer or model from a folder, the hub or its cache, or raise UserError."""
     remedy = "a model folder holds config.json, a tokenizer and safetensors; try: git lfs pull"
     if not os.path.isdir(name):
-        remedy = "no such folder; the hub needs a network, and gated models (Llama, Gemma) their "
-        remedy += "licence accepted there and: hf auth login"
+        remedy = (
+            "no such folder; the hub needs a network, a gated model its licence and: hf auth login"
+        )
         for preset in difflib.get_close_matches(name, PRESETS, 1) if "/" not in name else ():
             remedy = f"did you mean {preset}?"
     with one_line(f"--model {name}: not loaded", remedy):
@@ -258,10 +236,8 @@ def read_rows(name):
 
 def parse_row(row):
     """(prompt, chosen, rejected) of a data row in one of TRL's preference formats.
-
     All are texts or all are messages, and both responses begin with the prompt. A prompt of None
-    stands for whatever two texts have in common. Raises whatever fits a row that is none of these.
-    """
+    stands for what two texts have in common. Raises any kind of error for rows that are neither."""
     if isinstance(row, bytes):  # as float, because Python refuses integers of 5,000 digits
         row = json.loads(row.decode("utf-8-sig"), parse_int=float)
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
@@ -287,9 +263,7 @@ def parse_row(row):
 
 def render(prompt, chosen, rejected, tokenizer):
     """Token ids of prompt, prompt + chosen and prompt + rejected, with one BOS at most.
-
-    Prompt and response are tokenized together, because tokenizers merge across the boundary.
-    """
+    Prompt and response are tokenized together, because tokenizers merge across the boundary."""
     texts = [chosen if prompt is None else prompt, chosen, rejected]
     is_chat = isinstance(chosen, list)
     if is_chat:
@@ -303,10 +277,8 @@ def render(prompt, chosen, rejected, tokenizer):
 
 def end_turn(ids, tokenizer, special):
     """Cut a response after its first end-of-turn token, or add one: (ids, whether it has content).
-
     Templates write white space (ChatML) or a second special token (Phi-3) after the end of a turn,
-    and the mean over the response's tokens must not count those.
-    """
+    and the mean over the response's tokens must not count those."""
     end, end_of_turn = len(ids), None  # walk back to the last token that says something
     while end and (ids[end - 1] in special or not tokenizer.decode(ids[end - 1]).strip()):
         end -= 1
@@ -317,10 +289,8 @@ def end_turn(ids, tokenizer, special):
 
 
 def encode_row(row, tokenizer, special, config, notes):
-    """Token ids (prompt, chosen, rejected) of a data row, None if it cannot teach, or ValueError.
-
-    Where a pair is too long, the prompt loses its beginning, then the responses lose their ends.
-    """
+    """Token ids (prompt, chosen, rejected) of a data row, None if it cannot teach, or an error.
+    Where a pair is too long, the prompt loses its beginning, then the responses lose their ends."""
     prompt, chosen, rejected = parse_row(row)
     encoded = render(prompt, chosen, rejected, tokenizer)
     shared = len(os.path.commonprefix(encoded))  # which takes lists too
@@ -360,19 +330,17 @@ def load_pairs(name, tokenizer, config):
                 if ids := encode_row(row, tokenizer, special, config, notes):
                     pairs.append(Pair(*ids, place))
             except Exception as error:  # JSON, templates and tokenizers raise kinds of their own
-                errors.append(f"{place}: not a pair: {type(error).__name__}: {first_line(error)}")
+                errors.append(f"{place}: not a pair: {error!r:.200}")
     if errors:
-        remedy = f" ({len(errors)} bad rows; README.md shows what a row may be)"
-        raise UserError("\n".join(errors[:10]) + remedy)
+        raise UserError("\n".join(errors[:10]) + f" ({len(errors)} bad rows; see README.md)")
     if not pairs:
-        reasons = ", ".join(f"{count} {what}" for what, count in notes.items())
-        raise UserError(f"{name}: has no usable pair: {reasons or 'it is empty'}")
+        raise UserError(f"{name}: has no usable pair: {dict(notes) or 'it is empty'}")
     return pairs, notes
 
 
 def load_data(config):
     """(tokenizer, pairs to train on, held-out pairs, notes); UserError where none is left."""
-    ask_hub(config)  # before datasets is imported, which looks whether the hub is to be used
+    beside("hub", "ask_hub", config)
     tokenizer = from_pretrained(AutoTokenizer, config.model)
     pairs, notes = load_pairs(config.data, tokenizer, config)
     print("the first pair as the model sees it:")
@@ -380,9 +348,7 @@ def load_data(config):
         text = repr(tokenizer.decode(ids))
         print(f"  {part:9}{text if len(text) < 87 else f'{text[:41]} ... {text[-41:]}'}")
     order = np.random.default_rng(config.seed).permutation(len(pairs))
-    held_out = 0 if config.eval_data else math.ceil(config.eval_split * len(pairs))
-    if held_out == len(pairs):
-        raise UserError(f"--eval-split {config.eval_split}: holds out all {held_out} pairs")
+    held_out = 0 if config.eval_data else math.ceil(config.eval_split * (len(pairs) - 1))
     pairs, eval_pairs = [pairs[i] for i in order[held_out:]], [pairs[i] for i in order[:held_out]]
     if config.eval_data:
         eval_pairs, eval_notes = load_pairs(config.eval_data, tokenizer, config)
@@ -413,9 +379,7 @@ def load_model(name, checkpointing=False):
     # a tied weight has a dense gradient from the projection; the lookup then adds a few rows to it
     embedding.sparse = model.get_output_embeddings().weight is embedding.weight
     if checkpointing:
-        name = "gradient_checkpointing_enable"  # before transformers 5.18
-        enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, name)
-        enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train(checkpointing)  # layers are recomputed in training mode only
 
 
@@ -440,9 +404,8 @@ def row_tokens(pairs, plain):
 
 
 def make_rows(pairs, plain=False, device="cpu") -> Rows:
-    """Lay out pairs (prompt, chosen, rejected: arrays of token ids) as one row each,
-    [prompt | chosen | rejected], or as two plain rows that repeat the prompt. Returns Rows on
-    device."""
+    """Lay out pairs (prompt, chosen, rejected: arrays of token ids) as rows on a device: one row
+    [prompt | chosen | rejected] each, or two plain rows that repeat the prompt."""
     layouts = []  # per row: its parts as (segment, token ids), the prompt first
     for prompt, chosen, rejected, *_ in pairs:
         parts = [(0, prompt), (1, chosen), (2, rejected)]
@@ -469,10 +432,8 @@ def make_rows(pairs, plain=False, device="cpu") -> Rows:
 
 def attention_masks(config, rows, dtype):
     """Mask of shared rows, (rows, 1, time, time), or a dict of masks where layers are of two kinds.
-
     A token sees the prompt and its own response, up to itself and within the layer's window. Raises
-    NotImplementedError where layers are not attention over the row.
-    """
+    KeyError where a layer is not attention over the row."""
     query, key = rows.segments[:, :, None], rows.segments[:, None, :]
     seen = ((key == query) | (key == 0)).tril()
     distance = rows.position_ids[:, :, None] - rows.position_ids[:, None, :]
@@ -484,18 +445,13 @@ def attention_masks(config, rows, dtype):
         return mask.masked_fill_(masked, torch.finfo(dtype).min)[:, None]
 
     windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds <= windows.keys():
-        raise NotImplementedError(f"it has layers of kind {', '.join(sorted(kinds))}")
-    masks = {kind: additive(windows[kind]) for kind in kinds}
+    masks = {kind: additive(windows[kind]) for kind in getattr(config, "layer_types", None) or ()}
     return masks or additive(windows["sliding_attention"])
 
 
 class ProjectedLogps(torch.autograd.Function):
     """Log-probabilities of target tokens from hidden states, one chunk of logits at a time.
-
-    The backward pass computes the logits again, so only one chunk of them exists at any time.
-    """
+    The backward pass computes the logits again, so only one chunk of them exists at any time."""
 
     # logits per chunk: on CUDA larger, because each chunk reads the whole projection again
     chunk = {"cpu": 2**24, "cuda": 2**28, "meta": 2**28}
@@ -538,11 +494,9 @@ class ProjectedLogps(torch.autograd.Function):
 
 def pair_logps(model, rows: Rows):
     """Mean log-probability per token (nats) in float32: (chosen_logps, rejected_logps), (pairs,).
-
     Shared rows run through the decoder under our masks, and only response tokens are projected onto
     the vocabulary. Plain rows run through the model's own forward pass. Raises NotImplementedError
-    where shared rows do not cover a part of the model.
-    """
+    where shared rows do not cover a part of the model."""
     inputs = dict(input_ids=rows.input_ids, use_cache=False)
     if rows.plain:
         logits = model(**inputs, attention_mask=(rows.segments >= 0).long()).logits
@@ -564,11 +518,9 @@ def pair_logps(model, rows: Rows):
 @torch.no_grad()
 def check_model(model, pair):
     """Compare shared rows with the model's own forward pass, on one pair and in float32.
-
     Returns (None or why shared rows are wrong for this model, plain log-probabilities (2,)). Right
     rows agree to 5e-7; recurrent layers, or logits scaled after the projection, are 1e-3 off and
-    more, so 1e-4 tells them apart. Raises UserError where the model is not causal or not finite.
-    """
+    more, so 1e-4 tells them apart. Raises UserError where the model is not causal or not finite."""
     tokens = torch.from_numpy(np.append(*pair[:2]).astype(np.int64))[None]
     after = model(input_ids=tokens, use_cache=False).logits[0, :-1]
     before = model(input_ids=tokens[:, :-1], use_cache=False).logits[0]
@@ -579,8 +531,8 @@ def check_model(model, pair):
         raise UserError("--model: its tokens see later ones; choose a causal language model")
     try:
         shared = torch.stack(pair_logps(model, make_rows([pair])))[:, 0]
-    except (NotImplementedError, TypeError, ValueError) as error:  # what models raise at our masks
-        return first_line(error), plain
+    except (NotImplementedError, KeyError, TypeError, ValueError) as error:  # at our masks
+        return repr(error), plain
     difference, bound = (shared - plain).abs().max().item(), 1e-4 * max(1.0, plain.abs().max())
     return None if difference <= bound else f"they are off by {difference:.1e}", plain
 
@@ -604,11 +556,8 @@ def micro_batches(tokens, order, micro_tokens):
 
 def run_pairs(model, pairs, indices, loss_fn, config, train=False):
     """Mean metrics over the pairs at these indices; to train, sum up the gradients of their loss.
-
-    A micro-batch contributes the sum of its losses over the number of all pairs, so neither its
-    size nor the number of processes matters. FloatingPointError names pairs whose loss is not
-    finite.
-    """
+    A micro-batch adds the sum of its losses over the number of all pairs, so neither its size nor
+    the number of processes matters. FloatingPointError names pairs whose loss is not finite."""
     tokens = dict(zip(indices, row_tokens([pairs[i] for i in indices], config.plain_rows)))
     order = sorted(indices, key=lambda i: -tokens[i])
     share = order[RANK::WORLD_SIZE]
@@ -623,7 +572,7 @@ def run_pairs(model, pairs, indices, loss_fn, config, train=False):
         margins = chosen_rewards - rejected_rewards
         values = losses, chosen_rewards, rejected_rewards, margins, margins > 0, chosen, rejected
         figures.append(torch.stack([value.detach().double() for value in values]))
-    figures = torch.cat(figures, 1)  # (metrics, pairs)
+    figures = torch.cat(figures, 1)  # (metrics, pairs of this process)
     sums = figures.sum(1)
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
@@ -644,7 +593,6 @@ def learning_rate_at(step, steps, config):
 
 
 # ------------------------------------------------------------------------------------ weights
-ADAMW_STATE = "master", "exp_avg", "exp_avg_sq", "step"
 ADAMW = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
 ADAMW |= dict(amsgrad=False, maximize=False, fused=True)
 
@@ -656,26 +604,23 @@ class MasterAdamW:
     bits: on bfloat16 weights nearly every update rounds to nothing. So the model computes with
     copies of the masters, and gradients are summed in float32. Sums take 4 bytes per parameter and
     live on sum_device. Masters and moments take 12 and live on master_device; each process keeps
-    those of its share of the parameters (ZeRO stage 1, arXiv 1910.02054).
-    """
+    those of its share of the parameters (ZeRO stage 1, arXiv 1910.02054)."""
 
     def __init__(self, model, device, dtype, master_device, sum_device):
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.owners, self.states, self.sums, self.sum_device = {}, {}, {}, sum_device
+        self.owners = {name: i % WORLD_SIZE for i, name in enumerate(self.params)}
+        self.states, self.sums, self.sum_device = {}, {}, sum_device
         copies = dtype != torch.float32 or len({device, master_device, sum_device}) > 1
-        owned = [0] * WORLD_SIZE  # weights by process
         for name, param in self.params.items():
             param.register_post_accumulate_grad_hook(functools.partial(self.add_gradient, name))
-            self.owners[name] = owner = owned.index(min(owned))
-            owned[owner] += param.numel()
             master = param.detach()
             if copies:
                 master = master.to(master_device)
                 param.data = master.to(device, dtype)
-            if owner == RANK:
+            if self.owners[name] == RANK:
                 moments = [torch.zeros_like(master), torch.zeros_like(master)]
                 values = [master, *moments, torch.zeros((), device=master.device)]
-                self.states[name] = dict(zip(ADAMW_STATE, values))
+                self.states[name] = dict(zip(["master", "exp_avg", "exp_avg_sq", "step"], values))
         model.to(device)
         self.buffer = None
         if master_device != device:  # conversion into fresh, pageable memory takes 15 times as long
@@ -688,16 +633,14 @@ class MasterAdamW:
         param.grad = None
 
     def reduce(self):
-        """Add up the sums of all processes, each on the process that owns its master."""
-        for name, param in self.params.items():
+        """Add up the sums of all processes, each on the owner of its master, and return the norm of
+        the whole gradient. FloatingPointError where it is not finite."""
+        for name, param in self.params.items() if WORLD_SIZE > 1 else ():
             if name not in self.sums:  # this process had no pair
                 self.sums[name] = torch.zeros(param.shape, device=self.sum_device)
             dist.reduce(self.sums[name], self.owners[name])
             if self.owners[name] != RANK:
                 del self.sums[name]
-
-    def norm(self):
-        """Norm of the summed gradients of all processes; FloatingPointError if it is not finite."""
         norm = torch.nn.utils.get_total_norm([self.sums[n] for n in self.params if n in self.sums])
         if WORLD_SIZE > 1:
             dist.all_reduce(norm.square_())
@@ -710,9 +653,7 @@ class MasterAdamW:
     def step(self, learning_rate, max_norm):
         """Clip the gradients, update masters and model, forget the gradients; return their norm.
         FloatingPointError, before any weight changes, where the norm is not finite."""
-        if WORLD_SIZE > 1:
-            self.reduce()
-        norm = self.norm()
+        norm = self.reduce()
         clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for name, gradient in self.sums.items():
             master, exp_avg, exp_avg_sq, step = self.states[name].values()
@@ -770,8 +711,7 @@ def check_out(config):
 
 def open_run(config, pairs, eval_pairs, optimizer, on_exit):
     """Lock --out until on_exit ends, and return the state of its run: a new one, or with --resume
-    that of the newest checkpoint, read into optimizer and model. UserError where it does not fit.
-    """
+    that of the newest checkpoint, read into optimizer and model, or UserError."""
     out, settings = Path(config.out), asdict(replace(config, resume=False))
     tokens = [ids.tobytes() for pair in [*pairs, *eval_pairs] for ids in pair[:3]]
     settings["pairs_sha256"] = hashlib.sha256(b" ".join(tokens)).hexdigest()
@@ -793,8 +733,7 @@ def open_run(config, pairs, eval_pairs, optimizer, on_exit):
             if old != value and name not in MAY_CHANGE.split():
                 raise UserError(f"--resume: {name} is {value}, and was {old} in that run")
             if old != value:
-                change = f"{name} from {old} to {value} after step {state['step']}"
-                state["changes"].append(change)
+                state["changes"] += [f"{name} from {old} to {value} after step {state['step']}"]
         for name, tensors in optimizer.states.items():
             for key, tensor in load_file(folder / f"{name}.safetensors").items():
                 tensors[key].copy_(tensor)
@@ -805,9 +744,7 @@ def open_run(config, pairs, eval_pairs, optimizer, on_exit):
 
 def save_checkpoint(out, state, optimizer):
     """Write checkpoint-STEP, a file per parameter, and remove all but the one before it.
-
-    The folder gets its name when all of it is on the disk, so a folder of that name is whole.
-    """
+    The folder gets its name when all of it is on the disk, so a folder of that name is whole."""
     folder, partial = out / f"checkpoint-{state['step']:06}", out / ".partial"
     if RANK == 0:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -849,14 +786,6 @@ def catch_signals(on_exit):
     return received
 
 
-def peak_memory(device):
-    """GiB that the process took at most, on the GPU or on a machine without one."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / GIB
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
-
-
 def build(config, places, pairs, loss_fn):
     """(model, optimizer), after a rehearsal: the largest micro-batch of the run goes forward and
     backward, so that what would fail hours later fails now, as UserError. Turns config.plain_rows
@@ -886,12 +815,12 @@ def build(config, places, pairs, loss_fn):
         if (rounded - exact).abs().max() > bound * max(1.0, exact.abs().max()):
             raise FloatingPointError(f"log-probabilities {rounded.tolist()}, not {exact.tolist()}")
         run_pairs(model, pairs, [longest] * copies * WORLD_SIZE, loss_fn, config, train=True)
-        optimizer.norm()
+        optimizer.reduce()
     except FloatingPointError as error:
-        remedy = "lower --alpha, or compute in --dtype float32"
-        raise UserError(f"rehearsal of the longest pair: {error}; {remedy}") from error
+        remedy = "(lower --alpha, or compute in --dtype float32)"
+        raise UserError(f"rehearsal of the longest pair: {error} {remedy}") from error
     optimizer.sums.clear()
-    print(f"the longest pair took {peak_memory(config.device):.2f} GiB, forward and backward")
+    beside("plan", "print_peak", config.device)
     return model, optimizer
 
 
@@ -899,8 +828,7 @@ def save_model(model, tokenizer, summary, out):
     """Write model (bfloat16), tokenizer, and summary.json last: then all is there."""
     folder = out / ".partial"
     shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
-    # the config of its authors, with their dropouts
-    model.config = from_pretrained(AutoConfig, summary["config"]["model"])
+    model.config = from_pretrained(AutoConfig, summary["config"]["model"])  # with its dropouts
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -912,30 +840,15 @@ def save_model(model, tokenizer, summary, out):
     folder.rmdir()
 
 
-def beside(module, function, *args):
-    """Call a function of data/, for the plan and the report. This file alone does without them."""
-    path = TINY.parent / f"{module}.py"
-    sys.modules.setdefault("alphapo", sys.modules[__name__])  # where this file runs as a script
-    return runpy.run_path(str(path))[function](*args) if path.exists() else None
-
-
 def train(config: Config, loss_fn=None) -> dict | None:
-    """Align a model and write it and its figures to config.out.
+    """Align a model, write it and its figures to config.out, and return what summary.json holds, or
+    None on all processes but the first.
 
-    Args:
-        config: the settings.
-        loss_fn: a loss in place of alphapo_loss: (chosen_logps, rejected_logps, pairs, batch) ->
-            (losses, chosen_rewards, rejected_rewards), one value per pair. batch holds the indices
-            into pairs, for losses that need more than log-probabilities.
+    loss_fn: a loss in place of alphapo_loss, (chosen_logps, rejected_logps, pairs, batch) ->
+    (losses, chosen_rewards, rejected_rewards), one value per pair. batch: indices into pairs.
 
-    Returns:
-        The summary of the run, as in summary.json; None on all processes but the first.
-
-    Raises:
-        UserError: settings, data or model cannot be used. Nothing was written.
-        FloatingPointError: a loss or gradient is not finite. The state before that step was saved.
-        Stopped: a signal came. The state after that step was saved.
-    """
+    Raises UserError, before anything is written, where settings, data or model cannot be used, and
+    FloatingPointError (a loss or gradient is not finite) or Stopped (a signal) after a save."""
     config, out = resolve(config), Path(config.out)
     knobs = config.alpha, config.beta, config.gamma
     loss_fn = loss_fn or (lambda chosen, rejected, *_: alphapo_loss(chosen, rejected, *knobs))
@@ -944,8 +857,7 @@ def train(config: Config, loss_fn=None) -> dict | None:
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()  # gloo for what is on the CPU, nccl for what is on a GPU
-        # cuDNN's backward under a mask can give NaN where the length is 64 modulo 128, and it plans
-        # anew for every shape (pytorch issue 196678)
+        # cuDNN's backward under a mask can give NaN (pytorch issue 196678)
         torch.backends.cuda.enable_cudnn_sdp(False)
         check_out(config)  # before data and weights, which take minutes
         tokenizer, pairs, eval_pairs, notes = load_data(config)
@@ -958,8 +870,6 @@ def train(config: Config, loss_fn=None) -> dict | None:
         if RANK == 0:  # keep what the checkpoint knows, in whole lines
             known = (out / "metrics.jsonl").read_bytes()[: state["log_bytes"]]
             log.truncate(known.rfind(b"\n") + 1)
-        ratio = f"(gamma/beta {config.gamma / config.beta:g})"
-        print(f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g} {ratio}")
 
         def evaluate():
             everything = range(len(eval_pairs))
@@ -979,36 +889,35 @@ def train(config: Config, loss_fn=None) -> dict | None:
         signals, tokens = catch_signals(on_exit), lengths(pairs).sum(1)
         progress = tqdm(total=steps, initial=state["step"], unit="step", disable=RANK > 0)
         on_exit.enter_context(progress)
-        for step in range(state["step"], steps):
-            epoch, batch = divmod(step, steps_per_epoch)
+        for step in range(state["step"] + 1, steps + 1):
+            epoch, batch = divmod(step - 1, steps_per_epoch)
             order = np.random.default_rng([config.seed, epoch]).permutation(len(pairs))
             indices = order[batch * config.batch_size :][: config.batch_size].tolist()
-            learning_rate = learning_rate_at(step, steps, config)
+            learning_rate = learning_rate_at(step - 1, steps, config)
             start = time.perf_counter()
             try:
                 metrics = run_pairs(model, pairs, indices, loss_fn, config, train=True)
                 summed = time.perf_counter()
                 metrics["grad_norm"] = optimizer.step(learning_rate, config.max_grad_norm)
             except FloatingPointError as error:
-                if step:
+                if state["step"]:
                     save()
-                places = ", ".join(pairs[i].place for i in indices[:10])
-                where = f"step {step + 1}, pairs {places} ..."
+                where = f"step {step}, {', '.join(pairs[i].place for i in indices[:10])} ..."
                 raise FloatingPointError(f"{where}: {error}; lower --learning-rate") from error
-            end, state["step"] = time.perf_counter(), step + 1
-            metrics["learning_rate"], metrics["epoch"] = learning_rate, (step + 1) / steps_per_epoch
-            metrics["pairs"], metrics["tokens"] = len(indices), int(tokens[indices].sum())
-            metrics["seconds"], metrics["optimizer_seconds"] = end - start, end - summed
-            log.write(json.dumps({"step": step + 1} | metrics) + "\n")
+            end, state["step"] = time.perf_counter(), step
+            metrics |= dict(learning_rate=learning_rate, epoch=step / steps_per_epoch)
+            metrics |= dict(pairs=len(indices), tokens=int(tokens[indices].sum()))
+            metrics |= dict(seconds=end - start, optimizer_seconds=end - summed)
+            log.write(json.dumps({"step": step} | metrics) + "\n")
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             progress.update()
-            if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
+            if config.eval_every and step % config.eval_every == 0 and step < steps:
                 evaluate()
             stopped = not all_agree(not signals)
-            if stopped or config.save_every and (step + 1) % config.save_every == 0:
+            if stopped or config.save_every and step % config.save_every == 0:
                 save()
             if stopped:
-                raise Stopped(signals[0] if signals else signal.SIGTERM, step + 1)
+                raise Stopped(signals[0] if signals else signal.SIGTERM, step)
         progress.close()
         optimizer.states.clear()  # so that writing the model takes no more memory than training it
         for param in model.parameters():  # the last figures are then those of what is written
@@ -1016,7 +925,7 @@ def train(config: Config, loss_fn=None) -> dict | None:
         state |= dict(after=evaluate(), plan=plan, notes=notes, processes=WORLD_SIZE)
         state |= dict(pairs=len(pairs), eval_pairs=len(eval_pairs))
         state |= dict(torch=torch.__version__, transformers=transformers.__version__)
-        state["peak_memory_gib"] = peak_memory(config.device)
+        state |= dict(peak_memory_gib=beside("plan", "peak_memory", config.device))
         if RANK == 0:
             save_model(model, tokenizer, state, out)
         all_agree(True)  # the others wait for the first, or their exit would end it
@@ -1036,12 +945,11 @@ def parse_arguments(argv):
         c = Config(**preset)
         presets += f" {name}: alpha {c.alpha:g}, beta {c.beta:g}, gamma {c.gamma:g} (gamma/beta "
         presets += f"{c.gamma / c.beta:g}), learning rate {c.learning_rate:g}."
-    about = dict(description=__doc__.split("\n")[0], epilog=presets)
-    parser = HfArgumentParser(Config, allow_abbrev=False, **about)
+    about = __doc__.split("\n")[0]
+    parser = HfArgumentParser(Config, description=about, epilog=presets, allow_abbrev=False)
     parser.error = fail  # in place of a screen of usage
     for action in parser._actions:  # every flag is accepted with underscores too, but shown once
         action.option_strings = action.option_strings[-1:]
-        action.metavar = None if action.choices else "X"
     values, _ = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
     preset = dict(PRESETS.get(values.model, {}))
     if values.data:
@@ -1056,12 +964,11 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    config = parse_arguments(argv)
+    config = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
         if config.plan:
             config = resolve(config)
@@ -1074,16 +981,15 @@ def main(argv=None):
         number, step = error.args
         processes = os.environ.get("LOCAL_WORLD_SIZE")
         launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
-        command = shlex.join([arg for arg in sys.argv if arg != "--resume"])
-        command = f"{launcher} {command} --resume"
-        fail(f"stopped after step {step} and saved; continue with: {command}", 128 + number)
+        command = shlex.join([arg for arg in sys.argv if arg != "--resume"] + ["--resume"])
+        fail(f"stopped after step {step} and saved; go on with: {launcher} {command}", 128 + number)
     except (FloatingPointError, OSError, torch.OutOfMemoryError, SafetensorError) as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains again at its end
         remedy = "lower --micro-tokens; " if isinstance(error, torch.OutOfMemoryError) else ""
         saved = checkpoints(Path(config.out))
         remedy += "what was saved is whole: --resume" if saved else "nothing was saved: start again"
-        fail(f"{first_line(error)}; {remedy}", 1)
+        fail(f"{str(error).strip().splitlines()[-1]}; {remedy}", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -6,7 +6,9 @@ alphapo.py asks make_plan before it loads a weight, and prints the plan alone wi
 
 import math
 import os
+import resource
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,9 @@ import torch
 import transformers
 
 import alphapo
-from alphapo import GIB, WORLD_SIZE, UserError, lengths, row_tokens
+from alphapo import WORLD_SIZE, UserError, lengths, row_tokens
+
+GIB = 2**30
 
 # bfloat16 operations per second from data sheets, without sparsity; the first name that fits
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -98,6 +102,18 @@ def free_memory(device):
     return (min(total, int(limit)) if limit.isdigit() else total) / GIB
 
 
+def peak_memory(device):
+    """GiB that the process took at most, on the GPU or on a machine without one."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def print_peak(device):
+    print(f"the longest pair took {peak_memory(device):.2f} GiB, forward and backward")
+
+
 def check_pairs(config, model, pairs):
     """UserError where the pairs do not suit the model."""
     text, longest = model.config.get_text_config(), int(row_tokens(pairs, plain=True).max()) // 2
@@ -128,6 +144,8 @@ def choose_places(config, model, longest):
 
 def print_plan(config, plan):
     """With --plan also what is needed for what, and what one GPU would need, on any machine."""
+    ratio = f"(gamma/beta {config.gamma / config.beta:g})"
+    print(f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g} {ratio}")
     print(f"{plan['parameters'] / 1e6:,.1f} M parameters in {config.dtype} on {config.device}")
     print(f"{plan['tokens']:,} tokens in {plan['steps']} steps of {config.batch_size} pairs")
     for device, gib in totals(plan["memory_gib"]).items():
