@@ -379,7 +379,8 @@ def load_model(name, checkpointing=False):
     # a tied weight has a dense gradient from the projection; the lookup then adds a few rows to it
     embedding.sparse = model.get_output_embeddings().weight is embedding.weight
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        old = model.gradient_checkpointing_enable  # renamed in transformers 5.18
+        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     return model.train(checkpointing)  # layers are recomputed in training mode only
 
 
