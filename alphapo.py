@@ -600,7 +600,6 @@ ADAMW |= dict(amsgrad=False, maximize=False, fused=True)
 
 class MasterAdamW:
     """AdamW on float32 master weights, whatever the model computes in and wherever masters live.
-
     At a learning rate of 1e-6 an update is a few millionths of a weight, and bfloat16 keeps eight
     bits: on bfloat16 weights nearly every update rounds to nothing. So the model computes with
     copies of the masters, and gradients are summed in float32. Sums take 4 bytes per parameter and
@@ -844,10 +843,8 @@ def save_model(model, tokenizer, summary, out):
 def train(config: Config, loss_fn=None) -> dict | None:
     """Align a model, write it and its figures to config.out, and return what summary.json holds, or
     None on all processes but the first.
-
     loss_fn: a loss in place of alphapo_loss, (chosen_logps, rejected_logps, pairs, batch) ->
     (losses, chosen_rewards, rejected_rewards), one value per pair. batch: indices into pairs.
-
     Raises UserError, before anything is written, where settings, data or model cannot be used, and
     FloatingPointError (a loss or gradient is not finite) or Stopped (a signal) after a save."""
     config, out = resolve(config), Path(config.out)

@@ -230,8 +230,9 @@ def test_the_tables_of_the_study_are_computed_from_its_results():
     text = (DATA / "study" / "README.md").read_text()
     results, grid = study.read_jsonl(DATA / "study" / "results.jsonl"), study.Study()
     assert not study.missing(study.map_jobs(grid) + study.tuned_jobs(grid, results), results)
-    for name, table in (("map", study.map_table), ("tuned", study.tuned_table)):
-        assert f"<!-- table:{name} -->\n{table(grid, results)}\n<!-- end -->" in text
+    tables = dict(map=study.map_table(grid, results), tuned=study.tuned_table(grid, results))
+    for name, table in (tables | dict(real=study.real_table(results))).items():
+        assert f"<!-- table:{name} -->\n{table}\n<!-- end -->" in text
 
 
 @pytest.mark.skipif(not SLOW, reason="takes minutes; CI=1 runs it")
