@@ -331,6 +331,16 @@ def test_metrics_are_means_over_pairs():
     assert metrics == pytest.approx(want, rel=1e-4)
 
 
+def test_gradients_are_those_of_the_mean_loss_of_the_models_own_forward_pass():
+    model, triples = small_model("llama"), random_pairs(6)
+    run_small(model, as_pairs(triples), 60, train=True)
+    found = [param.grad.clone() for param in model.parameters()]
+    model.zero_grad()
+    logps = torch.stack([own_logps(model, *triple) for triple in triples], 1)
+    LOSS(*logps)[0].mean().backward()
+    assert_close(found, [param.grad for param in model.parameters()], rtol=1e-3, atol=1e-5)
+
+
 @cases("plain", [False, True])
 def test_micro_batches_hold_every_index_once_and_keep_to_the_budget(plain):
     pairs = as_pairs(random_pairs(40))
