@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tests of what stands in data/: the plan, the tiny data and the study."""
+"""The tests of what stands in data/: the plan, the tiny data, the study and the hub."""
 
 import json
 import math
@@ -30,7 +30,7 @@ import study  # noqa: E402
 
 import alphapo  # noqa: E402
 import test_alphapo as shared  # noqa: E402
-from test_alphapo import (  # noqa: E402  # noqa: E402
+from test_alphapo import (  # noqa: E402
     SHORT,
     SLOW,
     TINY,
@@ -241,3 +241,28 @@ def test_the_quick_study_runs_whole():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "score − SimPO's" in done.stdout and len(list(Path("quick/figures").glob("*.svg"))) == 4
+
+
+UNREACHABLE = {"--model llama-3-8b-instruct": "hf auth login", "--data a/pairs": "a/pairs: not"}
+
+
+def test_without_a_network_a_preset_runs_from_the_cache_or_gets_one_line():
+    """The tiny model in the place of Mistral-7B, and a module in the place of datasets."""
+    repository = Path("cache/hub/models--mistralai--Mistral-7B-Instruct-v0.2")
+    for name in ("snapshots", "refs"):
+        (repository / name).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).symlink_to(TINY)
+    lines = "import json", "def load_dataset(name, split):", f"    rows = open({shared.EVAL!r})"
+    lines += ('    assert name == "princeton-nlp/mistral-instruct-ultrafeedback"',)
+    Path("datasets.py").write_text("\n".join([*lines, "    return map(json.loads, rows)"]))
+    away = dict(HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME="cache")
+    args = "--model mistral-7b-instruct --alpha 0.3 --max-steps 1".split()
+    shared.run(args, PYTHONPATH=".", **away)
+    settings = json.loads(Path("out/summary.json").read_text())["config"]
+    want = dict(alpha=0.3, beta=2.5, gamma=0.25, learning_rate=7e-7, max_prompt_length=1800)
+    assert settings | want == settings
+    for command, line in UNREACHABLE.items():
+        error = shared.run([*command.split(), "--out", "new"], 2, **away).stderr
+        assert len(error.splitlines()) == 1 and line in error, error
+        assert ("licence" in error) == ("llama" in command) and not Path("new").exists()
