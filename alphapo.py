@@ -149,7 +149,7 @@ class Config:
 def resolve(config: Config) -> Config:
     """Fill in the settings that depend on the machine or on others; UserError for a wrong one."""
     limits = dict(alpha=(-1e6, 1e6), gamma=(0, 1e6), seed=(0, 1e99))
-    limits |= dict(eval_split=(0, 0.99), warmup_ratio=(0, 0.99))
+    limits.update(eval_split=(0, 0.99), warmup_ratio=(0, 0.99))
     for name, value in asdict(config).items():
         low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
         if type(value) in (int, float) and not low <= value <= high:
@@ -192,13 +192,13 @@ def one_line(what, remedy):
 
 def from_pretrained(kind, name, **options):
     """Load a config, tokenizer or model from a folder, the hub or its cache, or raise UserError."""
-    remedy = "a model folder holds config.json, a tokenizer and safetensors; try: git lfs pull"
-    if not os.path.isdir(name):
-        remedy = (
-            "no such folder; the hub needs a network, a gated model its licence and: hf auth login"
-        )
-        for preset in difflib.get_close_matches(name, PRESETS, 1) if "/" not in name else ():
-            remedy = f"did you mean {preset}?"
+    near = difflib.get_close_matches(name, PRESETS, 1)
+    if os.path.isdir(name):
+        remedy = "a model folder holds config.json, a tokenizer and safetensors; try: git lfs pull"
+    elif near and "/" not in name:
+        remedy = f"did you mean {near[0]}?"
+    else:
+        remedy = "no such folder; the hub needs a network, gated models a licence, hf auth login"
     with one_line(f"--model {name}: not loaded", remedy):
         return kind.from_pretrained(name, **options)
 
@@ -330,7 +330,7 @@ def load_pairs(name, tokenizer, config):
                 if ids := encode_row(row, tokenizer, special, config, notes):
                     pairs.append(Pair(*ids, place))
             except Exception as error:  # JSON, templates and tokenizers raise kinds of their own
-                errors.append(f"{place}: not a pair: {error!r:.200}")
+                errors.append(f"{place}: not a pair of texts or messages: {error!r:.200}")
     if errors:
         raise UserError("\n".join(errors[:10]) + f" ({len(errors)} bad rows; see README.md)")
     if not pairs:
@@ -369,7 +369,7 @@ def load_model(name, checkpointing=False):
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
     options = dict(config=config, dtype=torch.float32, use_safetensors=True)
-    options |= dict(ignore_mismatched_sizes=True, output_loading_info=True)
+    options.update(ignore_mismatched_sizes=True, output_loading_info=True)
     model, report = from_pretrained(AutoModelForCausalLM, name, **options)
     for kind, keys in report.items():
         if keys:
@@ -595,7 +595,7 @@ def learning_rate_at(step, steps, config):
 
 # ------------------------------------------------------------------------------------ weights
 ADAMW = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
-ADAMW |= dict(amsgrad=False, maximize=False, fused=True)
+ADAMW.update(amsgrad=False, maximize=False, fused=True)
 
 
 class MasterAdamW:
@@ -618,9 +618,9 @@ class MasterAdamW:
                 master = master.to(master_device)
                 param.data = master.to(device, dtype)
             if self.owners[name] == RANK:
-                moments = [torch.zeros_like(master), torch.zeros_like(master)]
-                values = [master, *moments, torch.zeros((), device=master.device)]
-                self.states[name] = dict(zip(["master", "exp_avg", "exp_avg_sq", "step"], values))
+                first, second = torch.zeros_like(master), torch.zeros_like(master)
+                moments = dict(exp_avg=first, exp_avg_sq=second)
+                self.states[name] = dict(master=master, **moments, step=master.new_zeros(()))
         model.to(device)
         self.buffer = None
         if master_device != device:  # conversion into fresh, pageable memory takes 15 times as long
@@ -657,7 +657,8 @@ class MasterAdamW:
         clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for name, gradient in self.sums.items():
             master, exp_avg, exp_avg_sq, step = self.states[name].values()
-            grad, moments = gradient.mul_(clip).to(master.device), ([exp_avg], [exp_avg_sq], [])
+            grad = gradient.mul_(clip).to(master.device)
+            moments = [exp_avg], [exp_avg_sq], []  # the third is AMSGrad's
             adamw([master], [grad], *moments, [step], lr=learning_rate, **ADAMW)
         self.sums.clear()
         self.update_model()
@@ -693,16 +694,15 @@ def all_agree(flag):
 
 def checkpoints(out):
     """The folders checkpoint-STEP in out, newest first. Folders of other names are not ours."""
-    folders = {path.name.removeprefix("checkpoint-"): path for path in out.glob("checkpoint-*")}
-    steps = sorted((step for step in folders if step.isdecimal()), key=int, reverse=True)
-    return [folders[step] for step in steps]
+    folders = [path for path in out.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
 
 
 def check_out(config):
     """UserError where --out holds something else than the run to start or to resume."""
     out = Path(config.out)
     with one_line(f"--out {out}", "choose another folder"):
-        names = os.listdir(out) if os.path.lexists(out) else []
+        names = os.listdir(out) if out.is_symlink() or out.exists() else []
     if config.resume and not checkpoints(out):
         raise UserError(f"--resume: there is no checkpoint in {out}; start without --resume")
     if not config.resume and not {"metrics.jsonl", ".partial"}.issuperset(names):
@@ -846,7 +846,7 @@ def train(config: Config, loss_fn=None) -> dict | None:
     loss_fn: a loss in place of alphapo_loss, (chosen_logps, rejected_logps, pairs, batch) ->
     (losses, chosen_rewards, rejected_rewards), one value per pair. batch: indices into pairs.
     Raises UserError, before anything is written, where settings, data or model cannot be used, and
-    FloatingPointError (a loss or gradient is not finite) or Stopped (a signal) after a save."""
+    FloatingPointError (a loss or gradient is not finite) or Stopped (a signal, after a save)."""
     config, out = resolve(config), Path(config.out)
     knobs = config.alpha, config.beta, config.gamma
     loss_fn = loss_fn or (lambda chosen, rejected, *_: alphapo_loss(chosen, rejected, *knobs))
@@ -898,14 +898,12 @@ def train(config: Config, loss_fn=None) -> dict | None:
                 summed = time.perf_counter()
                 metrics["grad_norm"] = optimizer.step(learning_rate, config.max_grad_norm)
             except FloatingPointError as error:
-                if state["step"]:
-                    save()
                 where = f"step {step}, {', '.join(pairs[i].place for i in indices[:10])} ..."
-                raise FloatingPointError(f"{where}: {error}; lower --learning-rate") from error
+                raise FloatingPointError(f"{where}: {error}") from error
             end, state["step"] = time.perf_counter(), step
-            metrics |= dict(learning_rate=learning_rate, epoch=step / steps_per_epoch)
-            metrics |= dict(pairs=len(indices), tokens=int(tokens[indices].sum()))
-            metrics |= dict(seconds=end - start, optimizer_seconds=end - summed)
+            metrics.update(learning_rate=learning_rate, epoch=step / steps_per_epoch)
+            metrics.update(pairs=len(indices), tokens=int(tokens[indices].sum()))
+            metrics.update(seconds=end - start, optimizer_seconds=end - summed)
             log.write(json.dumps({"step": step} | metrics) + "\n")
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             progress.update()
@@ -920,10 +918,10 @@ def train(config: Config, loss_fn=None) -> dict | None:
         optimizer.states.clear()  # so that writing the model takes no more memory than training it
         for param in model.parameters():  # the last figures are then those of what is written
             param.data.copy_(param.data.bfloat16())
-        state |= dict(after=evaluate(), plan=plan, notes=notes, processes=WORLD_SIZE)
-        state |= dict(pairs=len(pairs), eval_pairs=len(eval_pairs))
-        state |= dict(torch=torch.__version__, transformers=transformers.__version__)
-        state |= dict(peak_memory_gib=beside("plan", "peak_memory", config.device))
+        state.update(after=evaluate(), plan=plan, notes=notes, processes=WORLD_SIZE)
+        state.update(pairs=len(pairs), eval_pairs=len(eval_pairs))
+        state.update(torch=torch.__version__, transformers=transformers.__version__)
+        state.update(peak_memory_gib=beside("plan", "peak_memory", config.device))
         if RANK == 0:
             save_model(model, tokenizer, state, out)
         all_agree(True)  # the others wait for the first, or their exit would end it
@@ -985,6 +983,8 @@ def main(argv=None):
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains again at its end
         remedy = "lower --micro-tokens; " if isinstance(error, torch.OutOfMemoryError) else ""
+        if isinstance(error, FloatingPointError):
+            remedy = "lower --learning-rate or --alpha, from the start if --resume ends here too; "
         saved = checkpoints(Path(config.out))
         remedy += "what was saved is whole: --resume" if saved else "nothing was saved: start again"
         fail(f"{str(error).strip().splitlines()[-1]}; {remedy}", 1)

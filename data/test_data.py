@@ -127,7 +127,9 @@ def test_the_plan_of_a_gpu_is_what_the_tensors_of_a_step_take(name, width, monke
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         config = AutoConfig.for_model(name, **SHAPES_7B[name])
-        model = shared.checkpointing(AutoModel.from_config(config, dtype=torch.bfloat16))
+        model = AutoModel.from_config(config, dtype=torch.bfloat16).train()
+        old = model.gradient_checkpointing_enable  # renamed in transformers 5.18
+        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
         for param in model.parameters():
             tracker.note(param)
             param.register_post_accumulate_grad_hook(take_gradient)
