@@ -647,8 +647,7 @@ BAD_COMMANDS = {  # what the line says: arguments
     "torch sees no GPU": ["--device cuda", "--master-device cuda"],
     "rehearsal of the longest pair": ["--data pairs.jsonl --eval-split 0 --alpha 1e5"],
     "is not empty": ["--out folder.jsonl"],
-    "--out ": [
-        f"--data {EVAL} --out pairs.txt/out", "--out pairs.txt", "--out link", f"--out {'x' * 300}"],
+    "--out ": ["--out link", f"--out {'x' * 300}", "--out pairs.txt", "--out pairs.txt/out"],
     "--resume: there is no checkpoint in": ["--resume", "--resume --out folder.jsonl"],
 }
 # fmt: on

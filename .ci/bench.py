@@ -192,7 +192,7 @@ def cuda_day(folder, shape, seconds):
         result = run_ours(model, data, batch_size, flags, card_gib)
         report(what=what, wall_seconds=time.perf_counter() - began, flags=flags, **result)
 
-    tests = [sys.executable, "-m", "pytest", "-q", "-k", "gpu", str(ROOT / "test_alphapo.py")]
+    tests = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", str(ROOT / "test_alphapo.py")]
     done = subprocess.run(tests, capture_output=True, text=True)
     report(what="tests that need a GPU", result=done.stdout.strip().splitlines()[-1:])
     measure("7B, all weights, one step of 128 pairs after one", shape, 256, 128, [])
