@@ -452,7 +452,7 @@ def attention_masks(config, rows, dtype):
 
 class ProjectedLogps(torch.autograd.Function):
     """Log-probabilities of target tokens from hidden states, one chunk of logits at a time.
-    The backward pass computes the logits again, so only one chunk of them exists at any time."""
+    One chunk exists at any time: the backward pass finds the last, and computes the others again."""
 
     # logits per chunk: on CUDA larger, because each chunk reads the whole projection again
     chunk = {"cpu": 2**24, "cuda": 2**28, "meta": 2**28}
@@ -472,22 +472,24 @@ class ProjectedLogps(torch.autograd.Function):
             logits = ProjectedLogps.logits(h, weight, softcap)
             normalizers.append(logits.logsumexp(1))
             logps.append(logits.gather(1, t[:, None])[:, 0] - normalizers[-1])
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalizers))
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalizers), logits)
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, normalizers = ctx.saved_tensors
+        hidden, weight, targets, normalizers, logits = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         chunks = [x.split(ctx.size) for x in (hidden, grad_hidden, targets, normalizers, grad)]
-        for h, grad_h, t, normalizer, g in zip(*chunks):
-            logits = ProjectedLogps.logits(h, weight, ctx.softcap)
+        for h, grad_h, t, normalizer, g in reversed(list(zip(*chunks))):
+            if logits is None:
+                logits = ProjectedLogps.logits(h, weight, ctx.softcap)
             slope = 1.0 if ctx.softcap is None else 1.0 - (logits / ctx.softcap) ** 2
             # d logp / d logits = onehot(target) - softmax(logits)
             grad_logits = logits.sub_(normalizer[:, None]).exp_().mul_(-g[:, None])
             grad_logits.scatter_add_(1, t[:, None], g[:, None])
             grad_logits = grad_logits.mul_(slope).to(h.dtype)
             torch.mm(grad_logits, weight, out=grad_h)
+            logits = None
             product = (grad_logits.T @ h).float()  # float32, because the chunks are summed
             grad_weight = product if grad_weight is None else grad_weight.add_(product)
         return grad_hidden, grad_weight.to(weight.dtype), None, None
@@ -876,10 +878,6 @@ def train(config: Config, loss_fn=None) -> dict | None:
             log.write(json.dumps({"step": state["step"]} | means) + "\n")
             return means
 
-        def save():
-            state["log_bytes"] = log.tell()
-            save_checkpoint(out, state, optimizer)
-
         if not config.resume:
             state["before"] = evaluate()
         steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
@@ -911,7 +909,8 @@ def train(config: Config, loss_fn=None) -> dict | None:
                 evaluate()
             stopped = not all_agree(not signals)
             if stopped or config.save_every and step % config.save_every == 0:
-                save()
+                state["log_bytes"] = log.tell()
+                save_checkpoint(out, state, optimizer)
             if stopped:
                 raise Stopped(signals[0] if signals else signal.SIGTERM, step)
         progress.close()
