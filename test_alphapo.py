@@ -207,14 +207,6 @@ def test_the_check_tells_a_leak_from_a_broken_model_and_from_an_error_of_ours(mo
         alphapo.check_model(model, pair)
 
 
-def test_rows_are_laid_out_as_written():
-    rows = alphapo.make_rows([tuple(np.array(x, np.int32) for x in ([5, 6, 7], [8, 9], [10]))])
-    assert rows.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 0, 0]]
-    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 0]]
-    assert rows.segments.tolist() == [[0, 0, 0, 1, 1, 2, -1, -1]]
-    assert rows.sources.tolist() == [2, 3, 2] and rows.targets.tolist() == [8, 9, 10]
-
-
 @cases("softcap", [None, 1.5])
 @cases("chunk", [1, 97 * 7, 2**24])
 def test_projection_in_chunks_has_the_plain_values_and_gradients(monkeypatch, chunk, softcap):
