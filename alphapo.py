@@ -320,6 +320,7 @@ def encode_row(row, tokenizer, special, config, notes):
 
 def load_pairs(name, tokenizer, config):
     """(list of Pair, Counter of what was dropped or truncated), or UserError with the bad rows."""
+    # what may end a turn; an unknown token stands for a word of the text
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = special.union(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     pairs, notes, errors = [], Counter(), []
@@ -575,7 +576,7 @@ def run_pairs(model, pairs, indices, loss_fn, config, train=False):
         margins = chosen_rewards - rejected_rewards
         values = losses, chosen_rewards, rejected_rewards, margins, margins > 0, chosen, rejected
         figures.append(torch.stack([value.detach().double() for value in values]))
-    figures = torch.cat(figures, 1)  # (metrics, pairs of this process)
+    figures = torch.cat(figures, 1)  # (metrics, pairs of this process, which may be none)
     sums = figures.sum(1)
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
