@@ -10,13 +10,13 @@
     python alphapo.py --model FOLDER --data PAIRS.jsonl --learning-rate 1e-6
     torchrun --nproc-per-node 8 alphapo.py --model mistral-7b-instruct
 
-Left out on purpose: a reference model, which the method does not need, LoRA, and code or pickles
-that come with a model. Each section uses only what stands above it.
+Left out: a reference model, LoRA, remote code, pickles. Each section uses only what is above it.
 
 AlphaPO: Gupta et al. 2025, arXiv 2501.03884. SimPO: Meng et al. 2024, arXiv 2405.14734.
 """
 
 import contextlib
+import csv
 import difflib
 import fcntl
 import functools
@@ -44,7 +44,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -62,7 +62,6 @@ def alphapo_reward(logps, alpha):
 
 def alphapo_loss(chosen_logps, rejected_logps, alpha, beta, gamma):
     """The AlphaPO loss, -log sigmoid(m) with m = beta * (r(chosen) - r(rejected)) - gamma.
-
     Its gradient is -sigmoid(-m) * beta * exp(-alpha * chosen_logps) for the chosen log-probability,
     and sigmoid(-m) * beta * exp(-alpha * rejected_logps) for the rejected one (arXiv 2501.03884).
 
@@ -70,7 +69,6 @@ def alphapo_loss(chosen_logps, rejected_logps, alpha, beta, gamma):
         chosen_logps, rejected_logps: mean log-probability per token (nats), (pairs,) each.
         alpha, beta: shape and scale of the reward; alpha 0 is SimPO.
         gamma: target margin. It is the margin itself, while SimPO's settings state gamma / beta.
-
     Returns (losses, chosen_rewards, rejected_rewards), (pairs,) each, in the dtype of chosen_logps.
     Rewards are multiplied by beta and carry no gradient. Raises ValueError where the shapes differ,
     because broadcasting would compare the wrong responses."""
@@ -96,8 +94,7 @@ PRESETS = {
         model=str(TINY), data=str(TINY / "train.jsonl"), eval_data=str(TINY / "eval.jsonl"),
         alpha=0.25, beta=2.5, gamma=0.1, learning_rate=2e-4, batch_size=32, epochs=2,
         eval_every=16),
-    # AlphaPO's Table 3 as quoted by TRL's paper index and a public implementation note. The table
-    # states gamma / beta (0.1, 0.3, 0.5); our gamma is that times beta.
+    # AlphaPO's Table 3, as TRL's paper index quotes it, states gamma / beta: 0.1, 0.3 and 0.5
     "mistral-7b-instruct": dict(
         model="mistralai/Mistral-7B-Instruct-v0.2", alpha=0.25, beta=2.5, gamma=0.25,
         data="princeton-nlp/mistral-instruct-ultrafeedback", learning_rate=7e-7),
@@ -219,10 +216,12 @@ def read_rows(name):
         rows, place = Path(name).read_bytes().split(b"\n"), f"{name}:"
     elif kind == "json":
         rows = json.loads(Path(name).read_bytes().decode("utf-8-sig"), parse_int=float)
+    elif kind == "csv":
+        rows = csv.DictReader(open(name, newline="", encoding="utf-8-sig"))
     else:
         import datasets  # takes seconds
 
-        if kind in ("parquet", "csv"):
+        if kind == "parquet":
             rows = datasets.load_dataset(kind, data_files=name, split="train")
         elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
             repository, _, split = name.partition(":")
@@ -300,7 +299,7 @@ def encode_row(row, tokenizer, special, config, notes):
     chosen, chosen_speaks = end_turn(encoded[1][shared:], tokenizer, special)
     rejected, rejected_speaks = end_turn(encoded[2][shared:], tokenizer, special)
     if not (prompt and chosen_speaks and rejected_speaks):
-        notes[f"pairs dropped for an empty {'response' if prompt else 'prompt'}"] += 1
+        notes["pairs dropped for an empty prompt or response"] += 1
         return None
     if not {chosen[-1], rejected[-1]} <= special:
         notes["pairs without an end of turn, because the tokenizer has no EOS token"] += 1
@@ -453,7 +452,7 @@ def attention_masks(config, rows, dtype):
 
 class ProjectedLogps(torch.autograd.Function):
     """Log-probabilities of target tokens from hidden states, one chunk of logits at a time.
-    One chunk exists at any time: the backward pass finds the last, and computes the others again."""
+    One chunk exists at a time: the backward pass finds the last, and computes the others again."""
 
     # logits per chunk: on CUDA larger, because each chunk reads the whole projection again
     chunk = {"cpu": 2**24, "cuda": 2**28, "meta": 2**28}
@@ -661,8 +660,7 @@ class MasterAdamW:
         for name, gradient in self.sums.items():
             master, exp_avg, exp_avg_sq, step = self.states[name].values()
             grad = gradient.mul_(clip).to(master.device)
-            moments = [exp_avg], [exp_avg_sq], []  # the third is AMSGrad's
-            adamw([master], [grad], *moments, [step], lr=learning_rate, **ADAMW)
+            adamw([master], [grad], [exp_avg], [exp_avg_sq], [], [step], lr=learning_rate, **ADAMW)
         self.sums.clear()
         self.update_model()
         return norm.item()
@@ -688,10 +686,9 @@ MAY_CHANGE += "master_device eval_every save_every"
 
 def all_agree(flag):
     """Whether the flag is true on every process; none goes on before all have asked."""
-    if WORLD_SIZE == 1:
-        return flag
     flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, dist.ReduceOp.MIN)
+    if WORLD_SIZE > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MIN)
     return bool(flags)
 
 
@@ -738,8 +735,9 @@ def open_run(config, pairs, eval_pairs, optimizer, on_exit):
             if old != value:
                 state["changes"] += [f"{name} from {old} to {value} after step {state['step']}"]
         for name, tensors in optimizer.states.items():
-            for key, tensor in load_file(folder / f"{name}.safetensors").items():
-                tensors[key].copy_(tensor)
+            loaded = load_file(folder / f"{name}.safetensors")
+            for key, tensor in tensors.items():
+                tensor.copy_(loaded[key].view_as(tensor))
     optimizer.update_model()
     print(f"resumed after step {state['step']}")
     return state | dict(config=settings)
@@ -754,17 +752,17 @@ def save_checkpoint(out, state, optimizer):
         partial.mkdir()
     all_agree(True)
     for name, tensors in optimizer.states.items():
-        save_file(tensors, partial / f"{name}.safetensors")
+        (partial / f"{name}.safetensors").write_bytes(save(tensors))
     all_agree(True)
     if RANK == 0:
         (partial / "state.json").write_text(json.dumps(state))
         os.sync()
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         partial.rename(folder)
         os.sync()
         found = checkpoints(out)
         for older in found[found.index(folder) + 2 :]:
-            shutil.rmtree(older)
+            shutil.rmtree(older.rename(partial))
+    all_agree(True)  # a process that ends earlier would end the one that writes
 
 
 # ------------------------------------------------------------------------------------ training
@@ -778,10 +776,11 @@ def catch_signals(on_exit):
 
     def receive(number, frame):
         if RANK == 0 and not received:
-            os.write(2, b"\nfinishing this step and saving; again to quit now\n")
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nfinishing this step and saving; again to quit now\n")
         received.append(number)
         if WORLD_SIZE == 1:  # torchrun passes one Ctrl-C on a second time
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -838,7 +837,9 @@ def save_model(model, tokenizer, summary, out):
     mode = (folder / "summary.json").stat().st_mode
     os.sync()
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "summary.json"):
-        path.chmod(mode)  # safetensors makes files that only their owner can read
+        if path.is_file():
+            path.chmod(mode)  # safetensors makes files that only their owner can read
+        shutil.rmtree(out / path.name, ignore_errors=True)  # a folder of a save that was killed
         path.replace(out / path.name)
     folder.rmdir()
 
@@ -914,7 +915,6 @@ def train(config: Config, loss_fn=None) -> dict | None:
                 save_checkpoint(out, state, optimizer)
             if stopped:
                 raise Stopped(signals[0] if signals else signal.SIGTERM, step)
-        progress.close()
         optimizer.states.clear()  # so that writing the model takes no more memory than training it
         for param in model.parameters():  # the last figures are then those of what is written
             param.data.copy_(param.data.bfloat16())

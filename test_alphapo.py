@@ -6,6 +6,7 @@ models' own forward pass; the behaviour by running the script. CI=1 adds the slo
 """
 
 import copy
+import csv
 import fcntl
 import functools
 import itertools
@@ -29,7 +30,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers import AutoModelForCausalLM as AutoModel
@@ -474,9 +475,11 @@ def test_files_and_hub_hold_every_pair_in_order(tokenizer, monkeypatch):
     assert [pair.place for pair in pairs] == [f"pairs.jsonl:{i + 1}" for i in range(7)]
     Path("pairs.json").write_text("\ufeff" + json.dumps(rows, indent=1), "utf-8")
     Path("pairs.parquet").touch()
+    with open("pairs.csv", "w", newline="") as file:
+        csv.writer(file).writerows([TEXT, *(row.values() for row in rows)])
     stand_in.load_dataset = lambda *args, **options: calls.append((*args, options)) or rows
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
-    for name in ("pairs.json", "pairs.parquet", "someone/pairs", "someone/pairs:test"):
+    for name in ("pairs.json", "pairs.csv", "pairs.parquet", "someone/pairs", "someone/pairs:test"):
         pairs, _ = load(None, tokenizer, name=name)
         assert texts(pairs, tokenizer) == want and pairs[1].place == f"{name}: row 2"
     assert calls[0] == ("parquet", {"data_files": "pairs.parquet", "split": "train"})
@@ -537,8 +540,8 @@ def test_pairs_that_cannot_teach_are_dropped_and_counted_once(tokenizer, capsys)
     rows += [TEXT | {"rejected": " fox" * 99, "chosen": " fox" * 90}]  # equal where they are cut
     rows += [dict(prompt=[user("Hi.")], **sides(chosen=""))]
     pairs, notes = load([TEXT, *rows], tokenizer, 24, 12)
-    counts = [notes[f"pairs dropped for {x}"] for x in ("an empty response", "equal responses")]
-    assert len(pairs) == 1 and counts == [3, 2]
+    kinds = "an empty prompt or response", "equal responses"
+    assert len(pairs) == 1 and [notes[f"pairs dropped for {x}"] for x in kinds] == [3, 2]
     write_rows([*[TEXT] * 20, rows[2]])
     _, pairs, held_out, _ = alphapo.load_data(resolved(data="pairs.jsonl", eval_split=0.2))
     places = {pair.place for pair in pairs + held_out}
@@ -619,8 +622,9 @@ BAD_FILES = {  # what the line says: what pairs.jsonl holds
         [dict.fromkeys(("chosen", "rejected"), [user("Hi.", "assistant"), user("a")])], [sides()],
         [TURNS | {"chosen": [user("fox")]}], [TURNS | {"prompt": [user("a", "assistant")]}],
         [TURNS | {"chosen": [user("a", "assistant"), user("b", "assistant")]}]],
-    "for an empty prompt": [[TEXT | {"prompt": ""}]],
-    "for an empty response": [[TEXT | {"chosen": "", "rejected": ""}], [TEXT | {"chosen": "  \n"}]],
+    "for an empty prompt or response": [
+        [TEXT | {"prompt": ""}], [TEXT | {"chosen": "", "rejected": ""}],
+        [TEXT | {"chosen": "  \n"}]],
     "for equal responses": [[TEXT | {"rejected": " a fox"}]],
 }
 BAD_COMMANDS = {  # what the line says: arguments
@@ -801,7 +805,7 @@ def test_the_script_trains_improves_and_writes_what_it_says(capsys):
     assert after["eval_rewards/accuracies"] > before["eval_rewards/accuracies"]
     assert "<|im_start|>assistant" in printed and max(map(len, printed.splitlines())) <= 100
     assert "AlphaPO" in (out / "README.md").read_text()
-    modes = {oct(path.stat().st_mode)[-3:] for path in out.iterdir() if path.is_file()}
+    modes = {oct(path.stat().st_mode)[-3:] for path in out.rglob("*") if path.is_file()}
     assert modes == {"640"}  # the umask decides who can read them
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     # the result loads, in bf16, and has the figures of the last evaluation
@@ -992,6 +996,9 @@ ACCIDENTS = {
     "nothing": lambda out: None,
     "a file is cut": lambda out: halve(next((out / NEWEST).glob("*.safetensors"))),
     "a file is missing": lambda out: next((out / NEWEST).glob("*.safetensors")).unlink(),
+    "a file is of another model": lambda out: save_file(
+        {"master": torch.ones(1)}, next((out / NEWEST).glob("*.safetensors"))
+    ),
     "the state is cut": lambda out: halve(out / NEWEST / "state.json"),
     "the state is no object": lambda out: (out / NEWEST / "state.json").write_text("[]"),
     "the last checkpoint is gone": lambda out: shutil.rmtree(out / NEWEST),

@@ -50,8 +50,8 @@ def pair_flops(model, pairs):
     config, head = model.config.get_text_config(), model.get_output_embeddings().weight
     tied = head is model.get_input_embeddings().weight
     body = model.num_parameters() - head.numel() * (1 if tied else 2)
-    heads = config.num_attention_heads
-    channels = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    heads = getattr(config, "num_attention_heads", 0)  # Mamba has none
+    channels = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
     prompt, chosen, rejected = lengths(pairs).T.astype(float)
     responses = chosen + rejected
     attending = (prompt**2 + chosen**2 + rejected**2) / 2 + prompt * responses
@@ -72,7 +72,7 @@ def memory_needed(model, config, longest, master_device, sum_device):
     hidden = getattr(text, "intermediate_size", None) or 4 * width
     layer = tokens * item * (16 * width + 4 * hidden)
     if model.config._attn_implementation == "eager":  # it keeps the scores of every head
-        layer += 15 * tokens * text.num_attention_heads * longest
+        layer += 15 * tokens * getattr(text, "num_attention_heads", 0) * longest
     chunk = min(tokens * vocabulary, alphapo.ProjectedLogps.chunk[config.device] / GIB)
     logits = 12 * chunk + 15 * vocabulary * width / GIB
     needs = {"cpu": {"python": 0.5}}

@@ -6,6 +6,7 @@ into the run's folder, and returns the table that is printed.
 """
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -24,8 +25,10 @@ GREY = "#808080"  # text and axes: readable on a white and on a black page
 
 def read_log(run):
     """The steps and the evaluations of a run, each as {key: values}."""
-    with open(Path(run) / "metrics.jsonl") as file:
-        log = [json.loads(line) for line in file]
+    log = []
+    for line in (Path(run) / "metrics.jsonl").read_bytes().splitlines():
+        with contextlib.suppress(ValueError):  # a damaged line is no reason to show nothing
+            log.append(json.loads(line))
     parts = []
     for name in ("loss", "eval_loss"):
         rows = [metrics for metrics in log if name in metrics]
