@@ -287,7 +287,7 @@ def parse_arguments():
     real.add_argument("pairs", type=Path, help="a .jsonl file of pairs")
     real.add_argument("--alphas", type=float, nargs="+", default=[-1.0, 0.0, 0.25, 1.0])
     real.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    real.add_argument("--learning-rate", type=float, default=1e-4)
+    real.add_argument("--learning-rate", type=float, default=3e-4)
     real.add_argument("--gamma-beta", type=float, default=0.5)
     return parser.parse_args()
 
