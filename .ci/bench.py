@@ -190,7 +190,8 @@ def cuda_day(folder, shape, seconds):
         make_pairs(data, pairs)
         began = time.perf_counter()
         result = run_ours(model, data, batch_size, flags, card_gib)
-        report(what=what, wall_seconds=time.perf_counter() - began, flags=flags, **result)
+        result.update(shape=shape, flags=flags, wall_seconds=time.perf_counter() - began)
+        report(what=what, **result)
 
     tests = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", str(ROOT / "test_alphapo.py")]
     done = subprocess.run(tests, capture_output=True, text=True)
