@@ -10,7 +10,7 @@
     python alphapo.py --model FOLDER --data PAIRS.jsonl --learning-rate 1e-6
     torchrun --nproc-per-node 8 alphapo.py --model mistral-7b-instruct
 
-Left out: a reference model, LoRA, remote code, pickles. Each section uses only what is above it.
+Left out: a reference model, LoRA. Never loaded: remote code, pickles. Sections use what is above.
 
 AlphaPO: Gupta et al. 2025, arXiv 2501.03884. SimPO: Meng et al. 2024, arXiv 2405.14734.
 """
@@ -62,13 +62,13 @@ def alphapo_reward(logps, alpha):
 
 def alphapo_loss(chosen_logps, rejected_logps, alpha, beta, gamma):
     """The AlphaPO loss, -log sigmoid(m) with m = beta * (r(chosen) - r(rejected)) - gamma.
-    Its gradient is -sigmoid(-m) * beta * exp(-alpha * chosen_logps) for the chosen log-probability,
-    and sigmoid(-m) * beta * exp(-alpha * rejected_logps) for the rejected one (arXiv 2501.03884).
+    Its gradient in chosen_logps is -sigmoid(-m) * beta * exp(-alpha * chosen_logps), and in
+    rejected_logps sigmoid(-m) * beta * exp(-alpha * rejected_logps) (arXiv 2501.03884).
 
     Args:
         chosen_logps, rejected_logps: mean log-probability per token (nats), (pairs,) each.
         alpha, beta: shape and scale of the reward; alpha 0 is SimPO.
-        gamma: target margin. It is the margin itself, while SimPO's settings state gamma / beta.
+        gamma: target margin, not divided by beta; SimPO's settings give gamma / beta instead.
     Returns (losses, chosen_rewards, rejected_rewards), (pairs,) each, in the dtype of chosen_logps.
     Rewards are multiplied by beta and carry no gradient. Raises ValueError where the shapes differ,
     because broadcasting would compare the wrong responses."""
@@ -94,7 +94,7 @@ PRESETS = {
         model=str(TINY), data=str(TINY / "train.jsonl"), eval_data=str(TINY / "eval.jsonl"),
         alpha=0.25, beta=2.5, gamma=0.1, learning_rate=2e-4, batch_size=32, epochs=2,
         eval_every=16),
-    # AlphaPO's Table 3, as TRL's paper index quotes it, states gamma / beta: 0.1, 0.3 and 0.5
+    # AlphaPO's Table 3, by way of TRL's paper index, where gamma / beta is 0.1, 0.3 and 0.5
     "mistral-7b-instruct": dict(
         model="mistralai/Mistral-7B-Instruct-v0.2", alpha=0.25, beta=2.5, gamma=0.25,
         data="princeton-nlp/mistral-instruct-ultrafeedback", learning_rate=7e-7),
@@ -110,7 +110,7 @@ Device = Literal["auto", "cuda", "cpu"]
 
 @dataclass
 class Config:
-    """Every setting of a run, each also a flag. Config(**PRESETS[name]) is a preset."""
+    """Every setting of a run, each also a flag. In Python, a preset is Config(**PRESETS[name])."""
 
     model: str = HfArg(default="tiny", help="a preset, a model folder or a hub id")
     data: str | None = HfArg(default=None, help="pairs: a file or OWNER/NAME[:SPLIT] of the hub")
@@ -119,34 +119,34 @@ class Config:
     out: str = HfArg(default="out", help="folder for the aligned model and the run's figures")
     alpha: float = HfArg(default=0.25, help="shape of the reward; 0 is SimPO")
     beta: float = HfArg(default=2.5, help="scale of the reward")
-    gamma: float = HfArg(default=0.25, help="target margin; SimPO's gamma/beta times beta")
-    learning_rate: float = HfArg(default=7e-7, help="peak, after warm-up and before a cosine")
+    gamma: float = HfArg(default=0.25, help="target margin; SimPO's settings divide it by beta")
+    learning_rate: float = HfArg(default=7e-7, help="peak: a warm-up before it, a cosine after it")
     batch_size: int = HfArg(default=128, help="pairs per optimizer step")
     epochs: int = HfArg(default=1, help="passes over the pairs")
     max_steps: int | None = HfArg(default=None, help="stop after so many optimizer steps")
     warmup_ratio: float = HfArg(default=0.1, help="share of the steps that warm up")
     max_grad_norm: float = HfArg(default=1.0, help="clip the gradient to this norm")
     max_length: int = HfArg(default=2048, help="tokens of prompt and response together")
-    max_prompt_length: int | None = HfArg(default=None, help="of a cut prompt (max-length - 248)")
-    micro_tokens: int | None = HfArg(default=None, help="per forward pass (cuda 16384, cpu 512)")
+    max_prompt_length: int | None = HfArg(default=None, help="cut prompts to (max-length - 248)")
+    micro_tokens: int | None = HfArg(default=None, help="tokens at a time (cuda 16384, cpu 512)")
     gradient_checkpointing: bool | None = HfArg(default=None, help="recompute layers (cuda: true)")
     plain_rows: bool = HfArg(default=False, help="compute each prompt twice, as other trainers do")
     device: Device = HfArg(default="auto", help="where the model computes")
-    dtype: Literal["auto", "bfloat16", "float32"] = HfArg(default="auto", help="of the computation")
-    master_device: Device = HfArg(default="auto", help="where float32 weights and moments live")
+    dtype: Literal["auto", "bfloat16", "float32"] = HfArg(default="auto", help="what to compute in")
+    master_device: Device = HfArg(default="auto", help="where AdamW's weights and moments live")
     compile: bool = HfArg(default=False, help="compile the layers: slow to start, then faster")
     plan: bool = HfArg(default=False, help="say what the run needs, load no weights, and stop")
-    eval_every: int | None = HfArg(default=None, help="evaluate every so many steps too")
+    eval_every: int | None = HfArg(default=None, help="also evaluate every so many steps")
     save_every: int | None = HfArg(default=None, help="write a checkpoint every so many steps")
     resume: bool = HfArg(default=False, help="continue from the newest checkpoint in --out")
-    seed: int = HfArg(default=42, help="of the order of the pairs and the held-out share")
+    seed: int = HfArg(default=42, help="decides the order of the pairs and which are held out")
 # fmt: on
 
 
 def resolve(config: Config) -> Config:
     """Fill in the settings that depend on the machine or on others; UserError for a wrong one."""
     limits = dict(alpha=(-1e6, 1e6), gamma=(0, 1e6), seed=(0, 1e99))
-    limits.update(eval_split=(0, 0.99), warmup_ratio=(0, 0.99))
+    limits.update(eval_split=(0, 0.99), warmup_ratio=(0, 0.99))  # the others are positive
     for name, value in asdict(config).items():
         low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
         if type(value) in (int, float) and not low <= value <= high:
@@ -155,7 +155,7 @@ def resolve(config: Config) -> Config:
         raise UserError("--data is missing: name a file of pairs, or a preset as --model (--help)")
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     if "cuda" in (config.device, config.master_device) and not on_gpu:
-        raise UserError("--device cuda, --master-device cuda: torch sees no GPU; leave them out")
+        raise UserError("--device, --master-device: cuda, but torch sees no GPU or --device is cpu")
     config = replace(config, device="cuda" if on_gpu else "cpu")
     config.dtype = config.dtype.replace("auto", "bfloat16" if on_gpu else "float32")
     config.micro_tokens = config.micro_tokens or (16384 if on_gpu else 512)
@@ -169,25 +169,25 @@ def resolve(config: Config) -> Config:
 
 
 def beside(module, function, *args):
-    """Call a function of a script in data/: plan, report or hub. Alone, this file does without."""
+    """Call a function of data/MODULE.py (plan, report, hub); None where this file stands alone."""
     path = TINY.parent / f"{module}.py"
-    sys.modules.setdefault("alphapo", sys.modules[__name__])  # where this file runs as a script
+    sys.modules.setdefault("alphapo", sys.modules[__name__])  # what the script imports
     return runpy.run_path(str(path))[function](*args) if path.exists() else None
 
 
 @contextlib.contextmanager
-def one_line(what, remedy):
+def user_error(what, remedy):
     """Turn whatever a library raises inside into one line: what failed, why, and the remedy."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # some libraries add paragraphs to what they say
+    except Exception as error:  # of any kind; the first line of what it says is enough
         why = getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or repr(error)
         raise UserError(f"{what}: {why} ({remedy})") from error
 
 
-def from_pretrained(kind, name, **options):
+def load_pretrained(kind, name, **options):
     """Load a config, tokenizer or model from a folder, the hub or its cache, or raise UserError."""
     near = difflib.get_close_matches(name, PRESETS, 1)
     if os.path.isdir(name):
@@ -195,22 +195,22 @@ def from_pretrained(kind, name, **options):
     elif near and "/" not in name:
         remedy = f"did you mean {near[0]}?"
     else:
-        remedy = "no such folder; the hub needs a network, gated models a licence, hf auth login"
-    with one_line(f"--model {name}: not loaded", remedy):
+        remedy = "no such folder; for the hub: a network; if gated: its licence, hf auth login"
+    with user_error(f"--model {name}: not loaded", remedy):
         return kind.from_pretrained(name, **options)
 
 
 # ------------------------------------------------------------------------------------ pairs
-Pair = namedtuple("Pair", "prompt chosen rejected place")  # int32 token ids; file:line, to name it
+Pair = namedtuple("Pair", "prompt chosen rejected place")  # token ids (int32 arrays), and file:line
 
 
-def lengths(pairs):
+def token_counts(pairs):
     """Tokens of prompt, chosen and rejected of each pair, (pairs, 3)."""
     return np.array([[len(ids) for ids in pair[:3]] for pair in pairs])
 
 
 def read_rows(name):
-    """Yield (place, row) from a file or hub data set. JSON lines stay bytes until parse_row."""
+    """Yield (place, row) from a file or hub data set. JSON lines are bytes for parse_row."""
     kind, place = Path(name).suffix[1:], f"{name}: row "
     if kind == "jsonl":
         rows, place = Path(name).read_bytes().split(b"\n"), f"{name}:"
@@ -219,7 +219,7 @@ def read_rows(name):
     elif kind == "csv":
         rows = csv.DictReader(open(name, newline="", encoding="utf-8-sig"))
     else:
-        import datasets  # takes seconds
+        import datasets  # here, because it takes seconds
 
         if kind == "parquet":
             rows = datasets.load_dataset(kind, data_files=name, split="train")
@@ -234,9 +234,9 @@ def read_rows(name):
 
 
 def parse_row(row):
-    """(prompt, chosen, rejected) of a data row in one of TRL's preference formats.
-    All are texts or all are messages, and both responses begin with the prompt. A prompt of None
-    stands for what two texts have in common. Raises any kind of error for rows that are neither."""
+    """(prompt, chosen, rejected) of a row in one of TRL's preference formats: three texts or three
+    lists of messages, where chosen and rejected begin with the prompt. A prompt of None stands for
+    what the two texts have in common. Raises an error of any kind for any other row."""
     if isinstance(row, bytes):  # as float, because Python refuses integers of 5,000 digits
         row = json.loads(row.decode("utf-8-sig"), parse_int=float)
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
@@ -247,16 +247,16 @@ def parse_row(row):
         # {"prompt": "Hi", "chosen": [assistant], "rejected": [assistant]}
         prompt = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, str | None):
-        # {"chosen": [user, assistant], "rejected": [user, assistant]}; UltraFeedback adds a text
+        # {"chosen": [user, assistant], "rejected": [user, assistant]}; UltraFeedback has a text too
         prompt = chosen[:-1]
     # or else {"prompt": [user], "chosen": [assistant], "rejected": [assistant]}
-    sides = [s if s[: len(prompt)] == prompt else prompt + s for s in (chosen, rejected)]
+    sides = [x if x[: len(prompt)] == prompt else prompt + x for x in (chosen, rejected)]
     for message in sides[0] + sides[1]:
         if not isinstance(message["content"], str) or message.get("tool_calls"):
             raise ValueError('the "content" of a message must be a text, without tool_calls')
     roles = [[message["role"] for message in side[len(prompt) :]] for side in sides]
     if not prompt or prompt[-1]["role"] == "assistant" or roles != [["assistant"], ["assistant"]]:
-        raise ValueError("must be a prompt that ends with the user, then one assistant message")
+        raise ValueError("must be a prompt up to the assistant's turn, then one assistant message")
     return prompt, *sides
 
 
@@ -275,24 +275,25 @@ def render(prompt, chosen, rejected, tokenizer):
 
 
 def end_turn(ids, tokenizer, special):
-    """Cut a response after its first end-of-turn token, or add one: (ids, whether it has content).
+    """Cut what follows a response's end of turn, or add EOS: (ids, whether it has content).
     Templates write white space (ChatML) or a second special token (Phi-3) after the end of a turn,
     and the mean over the response's tokens must not count those."""
-    end, end_of_turn = len(ids), None  # walk back to the last token that says something
+    end, end_of_turn = len(ids), None  # walk back to the last token that has text
     while end and (ids[end - 1] in special or not tokenizer.decode(ids[end - 1]).strip()):
         end -= 1
         end_of_turn = end if ids[end] in special else end_of_turn
     if end_of_turn is not None:
         return ids[: end_of_turn + 1], end > 0
-    return ids + [i for i in [tokenizer.eos_token_id] if i is not None], end > 0
+    eos = tokenizer.eos_token_id
+    return ids if eos is None else [*ids, eos], end > 0
 
 
 def encode_row(row, tokenizer, special, config, notes):
-    """Token ids (prompt, chosen, rejected) of a data row, None if it cannot teach, or an error.
+    """Token ids (prompt, chosen, rejected) of a data row, or None, noted, where it cannot teach.
     Where a pair is too long, the prompt loses its beginning, then the responses lose their ends."""
     prompt, chosen, rejected = parse_row(row)
     encoded = render(prompt, chosen, rejected, tokenizer)
-    shared = len(os.path.commonprefix(encoded))  # which takes lists too
+    shared = len(os.path.commonprefix(encoded))  # not of paths alone
     if prompt is None:  # each response keeps one token at least
         shared = min(shared, len(encoded[1]) - 1, len(encoded[2]) - 1)
     prompt = encoded[0][:shared]
@@ -303,11 +304,11 @@ def encode_row(row, tokenizer, special, config, notes):
         return None
     if not {chosen[-1], rejected[-1]} <= special:
         notes["pairs without an end of turn, because the tokenizer has no EOS token"] += 1
-    longest, most = max(len(chosen), len(rejected)), config.max_prompt_length
-    if len(prompt) + longest > config.max_length and len(prompt) > most:
+    longest, prompt_limit = max(len(chosen), len(rejected)), config.max_prompt_length
+    if len(prompt) + longest > config.max_length and len(prompt) > prompt_limit:
         notes["prompts truncated"] += 1
         bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
-        prompt = bos + prompt[len(prompt) - most + len(bos) :]
+        prompt = bos + prompt[len(prompt) - prompt_limit + len(bos) :]
     room = config.max_length - len(prompt)
     if longest > room:
         notes["pairs with a response truncated"] += 1
@@ -319,12 +320,12 @@ def encode_row(row, tokenizer, special, config, notes):
 
 def load_pairs(name, tokenizer, config):
     """(list of Pair, Counter of what was dropped or truncated), or UserError with the bad rows."""
-    # what may end a turn; an unknown token stands for a word of the text
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = special.union(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    special.update(tokenizer.all_special_ids)  # what may end a turn
+    special -= {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # unknown words are text
     pairs, notes, errors = [], Counter(), []
-    with one_line(f"{name}: not loaded", "name a file of pairs, or a hub data set within reach"):
-        rows = tqdm(read_rows(name), f"reading {name}", unit=" rows", leave=False, disable=None)
+    with user_error(f"{name}: not loaded", "name a file of pairs, or a hub data set within reach"):
+        rows = tqdm(read_rows(name), f"reading {name}", leave=False, disable=RANK > 0 or None)
         for place, row in rows:
             try:
                 if ids := encode_row(row, tokenizer, special, config, notes):
@@ -341,15 +342,15 @@ def load_pairs(name, tokenizer, config):
 def load_data(config):
     """(tokenizer, pairs to train on, held-out pairs, notes); UserError where none is left."""
     beside("hub", "ask_hub", config)
-    tokenizer = from_pretrained(AutoTokenizer, config.model)
+    tokenizer = load_pretrained(AutoTokenizer, config.model)
     pairs, notes = load_pairs(config.data, tokenizer, config)
     print("the first pair as the model sees it:")
     for part, ids in zip(Pair._fields, pairs[0][:3]):
         text = repr(tokenizer.decode(ids))
         print(f"  {part:9}{text if len(text) < 87 else f'{text[:41]} ... {text[-41:]}'}")
-    order = np.random.default_rng(config.seed).permutation(len(pairs))
+    pairs = [pairs[i] for i in np.random.default_rng(config.seed).permutation(len(pairs))]
     held_out = 0 if config.eval_data else math.ceil(config.eval_split * (len(pairs) - 1))
-    pairs, eval_pairs = [pairs[i] for i in order[held_out:]], [pairs[i] for i in order[:held_out]]
+    eval_pairs, pairs = pairs[:held_out], pairs[held_out:]
     if config.eval_data:
         eval_pairs, eval_notes = load_pairs(config.eval_data, tokenizer, config)
         notes += eval_notes
@@ -363,20 +364,20 @@ def load_data(config):
 def load_model(name, checkpointing=False):
     """A causal language model in float32 on the CPU, with every dropout off. UserError where files
     and config disagree, because transformers would make up the weights that are missing."""
-    config = from_pretrained(AutoConfig, name)
+    config = load_pretrained(AutoConfig, name)
     for part in (config, config.get_text_config()):
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
     options = dict(config=config, dtype=torch.float32, use_safetensors=True)
-    options.update(ignore_mismatched_sizes=True, output_loading_info=True)
-    model, report = from_pretrained(AutoModelForCausalLM, name, **options)
+    options.update(ignore_mismatched_sizes=True, output_loading_info=True)  # refused below
+    model, report = load_pretrained(AutoModelForCausalLM, name, **options)
     for kind, keys in report.items():
         if keys:
             what = f"{len(keys)} {kind.replace('_', ' ')}, such as {min(map(str, keys))}"
             raise UserError(f"--model {name}: {what}; download config and weights again")
     embedding = model.get_input_embeddings()
-    # a tied weight has a dense gradient from the projection; the lookup then adds a few rows to it
+    # where it is tied, the projection gives its weight a dense gradient: the lookup adds a few rows
     embedding.sparse = model.get_output_embeddings().weight is embedding.weight
     if checkpointing:
         old = model.gradient_checkpointing_enable  # renamed in transformers 5.18
@@ -392,7 +393,7 @@ class Rows:
     input_ids: torch.Tensor  # (rows, time)
     position_ids: torch.Tensor  # (rows, time): rejected starts again where chosen started
     segments: torch.Tensor  # (rows, time): 0 prompt, 1 chosen, 2 rejected, -1 padding
-    sources: torch.Tensor  # (tokens,): index into rows * time that predicts each response token
+    sources: torch.Tensor  # (tokens,): row * width + time of what predicts each response token
     targets: torch.Tensor  # (tokens,): response tokens, pair by pair, chosen before rejected
     lengths: list[int]  # (2 * pairs,): tokens of each response
     plain: bool  # two rows [prompt | chosen] and [prompt | rejected] per pair instead of one
@@ -400,17 +401,17 @@ class Rows:
 
 def row_tokens(pairs, plain):
     """Tokens that the rows of each pair take before padding to a micro-batch's width, (pairs,)."""
-    prompt, chosen, rejected = lengths(pairs).T
+    prompt, chosen, rejected = token_counts(pairs).T
     return 2 * (prompt + np.maximum(chosen, rejected)) if plain else prompt + chosen + rejected
 
 
 def make_rows(pairs, plain=False, device="cpu") -> Rows:
-    """Lay out pairs (prompt, chosen, rejected: arrays of token ids) as rows on a device: one row
-    [prompt | chosen | rejected] each, or two plain rows that repeat the prompt."""
+    """Lay out pairs (prompt, chosen, rejected: arrays of token ids) as rows on a device: a shared
+    row [prompt | chosen | rejected] each, or two plain rows that repeat the prompt."""
     layouts = []  # per row: its parts as (segment, token ids), the prompt first
     for prompt, chosen, rejected, *_ in pairs:
         parts = [(0, prompt), (1, chosen), (2, rejected)]
-        layouts += [parts[:2], parts[::2]] if plain else [parts]
+        layouts += [[parts[0], parts[1]], [parts[0], parts[2]]] if plain else [parts]
     width = max(sum(len(ids) for _, ids in parts) for parts in layouts)
     width = math.ceil(width / 8) * 8  # on CUDA, attention copies a mask of any other width
     input_ids, position_ids = np.zeros((2, len(layouts), width), np.int64)
@@ -432,7 +433,7 @@ def make_rows(pairs, plain=False, device="cpu") -> Rows:
 
 
 def attention_masks(config, rows, dtype):
-    """Mask of shared rows, (rows, 1, time, time), or a dict of masks where layers are of two kinds.
+    """Mask of shared rows, (rows, 1, time, time), or one for each kind of layer that config names.
     A token sees the prompt and its own response, up to itself and within the layer's window. Raises
     KeyError where a layer is not attention over the row."""
     query, key = rows.segments[:, :, None], rows.segments[:, None, :]
@@ -451,25 +452,26 @@ def attention_masks(config, rows, dtype):
 
 
 class ProjectedLogps(torch.autograd.Function):
-    """Log-probabilities of target tokens from hidden states, one chunk of logits at a time.
-    One chunk exists at a time: the backward pass finds the last, and computes the others again."""
+    """Log-probabilities of target tokens from hidden states, with one chunk of logits at a time.
+    The last chunk is kept for the backward pass, which computes the others again."""
 
-    # logits per chunk: on CUDA larger, because each chunk reads the whole projection again
+    # logits per chunk; larger on CUDA, where reading the projection again for each costs more
     chunk = {"cpu": 2**24, "cuda": 2**28, "meta": 2**28}
 
     @staticmethod
-    def logits(hidden, weight, softcap):
+    def project(hidden, weight, softcap):
         logits = (hidden @ weight.T).float()
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap):
         """hidden (tokens, width), weight (vocabulary, width), targets (tokens,) -> (tokens,)."""
-        size = max(1, ProjectedLogps.chunk[hidden.device.type] // len(weight))
-        ctx.softcap, ctx.size = softcap, size  # of tokens
+        ctx.softcap = softcap
+        ctx.tokens = tokens = max(1, ProjectedLogps.chunk[hidden.device.type] // len(weight))
         normalizers, logps = [], []
-        for h, t in zip(hidden.split(size), targets.split(size)):
-            logits = ProjectedLogps.logits(h, weight, softcap)
+        for h, t in zip(hidden.split(tokens), targets.split(tokens)):
+            logits = None  # frees the chunk before
+            logits = ProjectedLogps.project(h, weight, softcap)
             normalizers.append(logits.logsumexp(1))
             logps.append(logits.gather(1, t[:, None])[:, 0] - normalizers[-1])
         ctx.save_for_backward(hidden, weight, targets, torch.cat(normalizers), logits)
@@ -479,10 +481,10 @@ class ProjectedLogps(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, targets, normalizers, logits = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), None
-        chunks = [x.split(ctx.size) for x in (hidden, grad_hidden, targets, normalizers, grad)]
+        chunks = [x.split(ctx.tokens) for x in (hidden, grad_hidden, targets, normalizers, grad)]
         for h, grad_h, t, normalizer, g in reversed(list(zip(*chunks))):
             if logits is None:
-                logits = ProjectedLogps.logits(h, weight, ctx.softcap)
+                logits = ProjectedLogps.project(h, weight, ctx.softcap)
             slope = 1.0 if ctx.softcap is None else 1.0 - (logits / ctx.softcap) ** 2
             # d logp / d logits = onehot(target) - softmax(logits)
             grad_logits = logits.sub_(normalizer[:, None]).exp_().mul_(-g[:, None])
@@ -497,9 +499,9 @@ class ProjectedLogps(torch.autograd.Function):
 
 def pair_logps(model, rows: Rows):
     """Mean log-probability per token (nats) in float32: (chosen_logps, rejected_logps), (pairs,).
-    Shared rows run through the decoder under our masks, and only response tokens are projected onto
-    the vocabulary. Plain rows run through the model's own forward pass. Raises NotImplementedError
-    where shared rows do not cover a part of the model."""
+    Shared rows run through the decoder under attention_masks, and only response tokens are
+    projected onto the vocabulary. Plain rows run through the model's own forward pass. Raises
+    NotImplementedError where shared rows do not cover a part of the model."""
     inputs = dict(input_ids=rows.input_ids, use_cache=False)
     if rows.plain:
         logits = model(**inputs, attention_mask=(rows.segments >= 0).long()).logits
@@ -521,23 +523,23 @@ def pair_logps(model, rows: Rows):
 @torch.no_grad()
 def check_model(model, pair):
     """Compare shared rows with the model's own forward pass, on one pair and in float32.
-    Returns (None or why shared rows are wrong for this model, plain log-probabilities (2,)). Right
-    rows agree to 5e-7; recurrent layers, or logits scaled after the projection, are 1e-3 off and
-    more, so 1e-4 tells them apart. Raises UserError where the model is not causal or not finite."""
+    Returns (None or why shared rows are wrong for this model, plain log-probabilities (2,)). They
+    agree to 5e-7 where shared rows are right; recurrent layers, or logits scaled after the
+    projection, are 1e-3 off and more. UserError where the model is not causal or not finite."""
     tokens = torch.from_numpy(np.append(*pair[:2]).astype(np.int64))[None]
-    after = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-    before = model(input_ids=tokens[:, :-1], use_cache=False).logits[0]
+    whole = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    cut = model(input_ids=tokens[:, :-1], use_cache=False).logits[0]
     plain = torch.stack(pair_logps(model, make_rows([pair], plain=True)))[:, 0]
     if not plain.isfinite().all():
         raise UserError("--model: its log-probabilities are not finite; download the weights again")
-    if (before - after).abs().max() > 1e-3 * before.abs().max():
+    if (whole - cut).abs().max() > 1e-3 * cut.abs().max():
         raise UserError("--model: its tokens see later ones; choose a causal language model")
     try:
         shared = torch.stack(pair_logps(model, make_rows([pair])))[:, 0]
-    except (NotImplementedError, KeyError, TypeError, ValueError) as error:  # at our masks
+    except (NotImplementedError, AttributeError, KeyError, TypeError, ValueError) as error:
         return repr(error), plain
     difference, bound = (shared - plain).abs().max().item(), 1e-4 * max(1.0, plain.abs().max())
-    return None if difference <= bound else f"they are off by {difference:.1e}", plain
+    return (None if difference <= bound else f"they are off by {difference:.1e}"), plain
 
 
 # ------------------------------------------------------------------------------------ gradients
@@ -546,8 +548,8 @@ METRICS += ["logps/chosen", "logps/rejected"]
 
 
 def micro_batches(tokens, order, micro_tokens):
-    """Split indices, the longest row first, into lists whose rows, padded to the longest, take at
-    most micro_tokens tokens. tokens: of the row of each index."""
+    """Split indices, in order of falling length, into lists that take at most micro_tokens tokens
+    when padded (a longer row is a list by itself). tokens: maps an index to its row's tokens."""
     batches = []
     for i in order:
         if batches and (len(batches[-1]) + 1) * tokens[batches[-1][0]] <= micro_tokens:
@@ -558,9 +560,9 @@ def micro_batches(tokens, order, micro_tokens):
 
 
 def run_pairs(model, pairs, indices, loss_fn, config, train=False):
-    """Mean metrics over the pairs at these indices; to train, sum up the gradients of their loss.
-    A micro-batch adds the sum of its losses over the number of all pairs, so neither its size nor
-    the number of processes matters. FloatingPointError names pairs whose loss is not finite."""
+    """Mean metrics over the pairs at these indices; to train, add up gradients of their mean loss.
+    Every loss is divided by the number of all pairs, so the size of micro-batches and the number of
+    processes do not matter. FloatingPointError names pairs whose loss is not finite."""
     tokens = dict(zip(indices, row_tokens([pairs[i] for i in indices], config.plain_rows)))
     order = sorted(indices, key=lambda i: -tokens[i])
     share = order[RANK::WORLD_SIZE]
@@ -602,34 +604,30 @@ ADAMW.update(amsgrad=False, maximize=False, fused=True)
 
 class MasterAdamW:
     """AdamW on float32 master weights, whatever the model computes in and wherever masters live.
-    At a learning rate of 1e-6 an update is a few millionths of a weight, and bfloat16 keeps eight
-    bits: on bfloat16 weights nearly every update rounds to nothing. So the model computes with
-    copies of the masters, and gradients are summed in float32. Sums take 4 bytes per parameter and
-    live on sum_device. Masters and moments take 12 and live on master_device; each process keeps
-    those of its share of the parameters (ZeRO stage 1, arXiv 1910.02054)."""
+    At a learning rate of 1e-6 an update is about 1e-6, and bfloat16 numbers near 0.02 lie 1e-4
+    apart: on bfloat16 weights nearly every update rounds to nothing. So the model computes with
+    copies of the masters, and gradients are summed in float32. Bytes per parameter: 4 for the sums,
+    on sum_device; 12 for master and two moments, on master_device, where each process keeps those
+    of its share of the parameters (ZeRO stage 1, arXiv 1910.02054)."""
 
     def __init__(self, model, device, dtype, master_device, sum_device):
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.owners = {name: i % WORLD_SIZE for i, name in enumerate(self.params)}
         self.states, self.sums, self.sum_device = {}, {}, sum_device
-        copies = dtype != torch.float32 or len({device, master_device, sum_device}) > 1
         for name, param in self.params.items():
             param.register_post_accumulate_grad_hook(functools.partial(self.add_gradient, name))
-            master = param.detach()
-            if copies:
-                master = master.to(master_device)
-                param.data = master.to(device, dtype)
+            master = param.detach().to(master_device)
+            param.data = master.to(device, dtype)  # the master itself, if it is that
             if self.owners[name] == RANK:
-                first, second = torch.zeros_like(master), torch.zeros_like(master)
-                moments = dict(exp_avg=first, exp_avg_sq=second)
+                moments = {key: torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")}
                 self.states[name] = dict(master=master, **moments, step=master.new_zeros(()))
         model.to(device)
         self.buffer = None
-        if master_device != device:  # conversion into fresh, pageable memory takes 15 times as long
+        if master_device != device:  # pinned: from pageable memory it takes 15 times as long
             largest = max(param.numel() for param in self.params.values())
             self.buffer = torch.empty(largest, dtype=dtype, pin_memory=True)
 
-    def add_gradient(self, name, param):
+    def add_gradient(self, name, param):  # a hook, called when param.grad is complete
         grad = param.grad.to(self.sum_device)
         self.sums[name] = self.sums[name].add_(grad) if name in self.sums else grad.float()
         param.grad = None
@@ -658,9 +656,9 @@ class MasterAdamW:
         norm = self.reduce()
         clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for name, gradient in self.sums.items():
-            master, exp_avg, exp_avg_sq, step = self.states[name].values()
+            master, exp_avg, exp_avg_sq, count = self.states[name].values()
             grad = gradient.mul_(clip).to(master.device)
-            adamw([master], [grad], [exp_avg], [exp_avg_sq], [], [step], lr=learning_rate, **ADAMW)
+            adamw([master], [grad], [exp_avg], [exp_avg_sq], [], [count], lr=learning_rate, **ADAMW)
         self.sums.clear()
         self.update_model()
         return norm.item()
@@ -679,9 +677,9 @@ class MasterAdamW:
 
 
 # ------------------------------------------------------------------------------------ checkpoints
-# What a resumed run may change; each change is recorded. The data are compared by their hash.
+# What a resumed run may change (it is recorded): the names of the data, whose hash must be the same
 MAY_CHANGE = "data eval_data out learning_rate device micro_tokens gradient_checkpointing compile "
-MAY_CHANGE += "master_device eval_every save_every"
+MAY_CHANGE = (MAY_CHANGE + "master_device eval_every save_every").split()
 
 
 def all_agree(flag):
@@ -699,10 +697,10 @@ def checkpoints(out):
 
 
 def check_out(config):
-    """UserError where --out holds something else than the run to start or to resume."""
+    """UserError where --out is not empty, or holds no checkpoint to resume from."""
     out = Path(config.out)
-    with one_line(f"--out {out}", "choose another folder"):
-        names = os.listdir(out) if out.is_symlink() or out.exists() else []
+    with user_error(f"--out {out}", "choose another folder"):
+        names = os.listdir(out) if out.is_symlink() or out.exists() else []  # links to nothing too
     if config.resume and not checkpoints(out):
         raise UserError(f"--resume: there is no checkpoint in {out}; start without --resume")
     if not config.resume and not {"metrics.jsonl", ".partial"}.issuperset(names):
@@ -710,13 +708,13 @@ def check_out(config):
 
 
 def open_run(config, pairs, eval_pairs, optimizer, on_exit):
-    """Lock --out until on_exit ends, and return the state of its run: a new one, or with --resume
-    that of the newest checkpoint, read into optimizer and model, or UserError."""
+    """Lock --out until on_exit ends, and return the state of its run. With --resume it comes from
+    the newest checkpoint, as do optimizer and model. UserError where that cannot be."""
     out, settings = Path(config.out), asdict(replace(config, resume=False))
-    tokens = [ids.tobytes() for pair in [*pairs, *eval_pairs] for ids in pair[:3]]
-    settings["pairs_sha256"] = hashlib.sha256(b" ".join(tokens)).hexdigest()
+    data = [ids.tobytes() for pair in [*pairs, *eval_pairs] for ids in pair[:3]]
+    settings["pairs_sha256"] = hashlib.sha256(b" ".join(data)).hexdigest()
     if RANK == 0:
-        with one_line(f"--out {out}", "another run may be writing there; choose another folder"):
+        with user_error(f"--out {out}", "another run may be writing there; choose another folder"):
             out.mkdir(parents=True, exist_ok=True)
             lock = os.open(out, os.O_RDONLY)
             on_exit.callback(os.close, lock)
@@ -726,11 +724,11 @@ def open_run(config, pairs, eval_pairs, optimizer, on_exit):
     if not config.resume:
         return dict(step=0, log_bytes=0, config=settings, changes=[])
     folder = checkpoints(out)[0]
-    with one_line(f"{folder} is damaged", "delete it, to resume from the one before"):
+    with user_error(f"{folder} is damaged", "delete it, to resume from the one before"):
         state = json.loads((folder / "state.json").read_text())
         for name, value in settings.items():
             old = state["config"][name]
-            if old != value and name not in MAY_CHANGE.split():
+            if old != value and name not in MAY_CHANGE:
                 raise UserError(f"--resume: {name} is {value}, and was {old} in that run")
             if old != value:
                 state["changes"] += [f"{name} from {old} to {value} after step {state['step']}"]
@@ -744,7 +742,7 @@ def open_run(config, pairs, eval_pairs, optimizer, on_exit):
 
 
 def save_checkpoint(out, state, optimizer):
-    """Write checkpoint-STEP, a file per parameter, and remove all but the one before it.
+    """Write checkpoint-STEP, a file per parameter, and keep only it and the one before it.
     The folder gets its name when all of it is on the disk, so a folder of that name is whole."""
     folder, partial = out / f"checkpoint-{state['step']:06}", out / ".partial"
     if RANK == 0:
@@ -761,8 +759,8 @@ def save_checkpoint(out, state, optimizer):
         os.sync()
         found = checkpoints(out)
         for older in found[found.index(folder) + 2 :]:
-            shutil.rmtree(older.rename(partial))
-    all_agree(True)  # a process that ends earlier would end the one that writes
+            shutil.rmtree(older.rename(partial))  # renamed first, for the same reason
+    all_agree(True)  # torchrun ends the process that writes when another one has ended
 
 
 # ------------------------------------------------------------------------------------ training
@@ -771,15 +769,15 @@ class Stopped(Exception):
 
 
 def catch_signals(on_exit):
-    """A list that gets the number of each signal that asks to end the run after the step."""
+    """A list that grows by each signal from now on; the run ends after the step of the first."""
     received = []
 
     def receive(number, frame):
         if RANK == 0 and not received:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nfinishing this step and saving; again to quit now\n")
+                os.write(2, b"\nfinishing this step and saving (without torchrun, again to quit)\n")
         received.append(number)
-        if WORLD_SIZE == 1:  # torchrun passes one Ctrl-C on a second time
+        if WORLD_SIZE == 1:  # under torchrun, one Ctrl-C arrives twice
             signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -788,27 +786,28 @@ def catch_signals(on_exit):
     return received
 
 
-def build(config, places, pairs, loss_fn):
-    """(model, optimizer), after a rehearsal: the largest micro-batch of the run goes forward and
+def build(config, devices, pairs, loss_fn):
+    """(model, optimizer), after a rehearsal: the largest micro-batch there can be goes forward and
     backward, so that what would fail hours later fails now, as UserError. Turns config.plain_rows
     on where shared rows are wrong for the model."""
     model = load_model(config.model, config.gradient_checkpointing)
     prompt, chosen, rejected, _ = pairs[row_tokens(pairs, plain=False).argmax()]
-    pair = prompt[-256:], chosen[:128], rejected[:128]  # seconds on a CPU, for 7B too
+    pair = prompt[-256:], chosen[:128], rejected[:128]  # short, so that 7B takes seconds on a CPU
     reason, exact = check_model(model, pair)
     if not all_agree(config.plain_rows or reason is None):
-        print(f"note: falling back to plain rows, slower and right; with shared rows, {reason}")
+        print(f"note: plain rows, which are slower, because shared rows are wrong here: {reason}")
         config.plain_rows = True
     if config.compile:
         # a layer is compiled anew for each kind of mask, with gradients and without
         torch._dynamo.config.recompile_limit = 64
         lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-        for layer in max(lists, key=len, default=[]):  # the decoder is the longest
+        for layer in max(lists, key=len, default=[]):  # the decoder's
             layer.compile(dynamic=True)
-    optimizer = MasterAdamW(model, config.device, getattr(torch, config.dtype), *places)
+    optimizer = MasterAdamW(model, config.device, getattr(torch, config.dtype), *devices)
     tokens = row_tokens(pairs, config.plain_rows)
-    longest = int(tokens.argmax())
-    copies = max(1, min(config.micro_tokens // int(tokens[longest]), config.batch_size))
+    copies = np.clip(config.micro_tokens // tokens, 1, config.batch_size)
+    fullest = int((copies * tokens).argmax())
+    largest = [fullest] * int(copies[fullest]) * WORLD_SIZE
     bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # ten times what rounding was seen to do
     try:
         with torch.no_grad():
@@ -816,21 +815,21 @@ def build(config, places, pairs, loss_fn):
             rounded = torch.cat(pair_logps(model, rows)).cpu()
         if (rounded - exact).abs().max() > bound * max(1.0, exact.abs().max()):
             raise FloatingPointError(f"log-probabilities {rounded.tolist()}, not {exact.tolist()}")
-        run_pairs(model, pairs, [longest] * copies * WORLD_SIZE, loss_fn, config, train=True)
+        run_pairs(model, pairs, largest, loss_fn, config, train=True)
         optimizer.reduce()
     except FloatingPointError as error:
         remedy = "(lower --alpha, or compute in --dtype float32)"
-        raise UserError(f"rehearsal of the longest pair: {error} {remedy}") from error
+        raise UserError(f"rehearsal: {error} {remedy}") from error
     optimizer.sums.clear()
-    beside("plan", "print_peak", config.device)
+    beside("plan", "print_peak", config.device)  # of memory
     return model, optimizer
 
 
 def save_model(model, tokenizer, summary, out):
-    """Write model (bfloat16), tokenizer, and summary.json last: then all is there."""
+    """Write model (bfloat16) and tokenizer, then summary.json: where that is, all is there."""
     folder = out / ".partial"
     shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
-    model.config = from_pretrained(AutoConfig, summary["config"]["model"])  # with its dropouts
+    model.config = load_pretrained(AutoConfig, summary["config"]["model"])  # dropouts back on
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -839,7 +838,7 @@ def save_model(model, tokenizer, summary, out):
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "summary.json"):
         if path.is_file():
             path.chmod(mode)  # safetensors makes files that only their owner can read
-        shutil.rmtree(out / path.name, ignore_errors=True)  # a folder of a save that was killed
+        shutil.rmtree(out / path.name, ignore_errors=True)  # a folder is not replaced
         path.replace(out / path.name)
     folder.rmdir()
 
@@ -864,8 +863,9 @@ def train(config: Config, loss_fn=None) -> dict | None:
         check_out(config)  # before data and weights, which take minutes
         tokenizer, pairs, eval_pairs, notes = load_data(config)
         plan = beside("plan", "make_plan", config, pairs, eval_pairs)
-        places = plan["places"] if plan else (config.device, config.device)
-        model, optimizer = build(config, places, pairs, loss_fn)
+        master_device = config.master_device.replace("auto", config.device)
+        devices = plan["places"] if plan else (master_device, config.device)  # masters, sums
+        model, optimizer = build(config, devices, pairs, loss_fn)
         state = open_run(config, pairs, eval_pairs, optimizer, on_exit)
         log = open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a", buffering=1)
         on_exit.enter_context(log)
@@ -884,7 +884,7 @@ def train(config: Config, loss_fn=None) -> dict | None:
             state["before"] = evaluate()
         steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
         steps = min(config.max_steps or math.inf, steps_per_epoch * config.epochs)
-        signals, tokens = catch_signals(on_exit), lengths(pairs).sum(1)
+        signals, tokens = catch_signals(on_exit), token_counts(pairs).sum(1)
         progress = tqdm(total=steps, initial=state["step"], unit="step", disable=RANK > 0)
         on_exit.enter_context(progress)
         for step in range(state["step"] + 1, steps + 1):
@@ -895,26 +895,25 @@ def train(config: Config, loss_fn=None) -> dict | None:
             start = time.perf_counter()
             try:
                 metrics = run_pairs(model, pairs, indices, loss_fn, config, train=True)
-                summed = time.perf_counter()
+                summed_up = time.perf_counter()
                 metrics["grad_norm"] = optimizer.step(learning_rate, config.max_grad_norm)
             except FloatingPointError as error:
-                where = f"step {step}, {', '.join(pairs[i].place for i in indices[:10])} ..."
-                raise FloatingPointError(f"{where}: {error}") from error
+                raise FloatingPointError(f"step {step}: {error}") from error
             end, state["step"] = time.perf_counter(), step
             metrics.update(learning_rate=learning_rate, epoch=step / steps_per_epoch)
             metrics.update(pairs=len(indices), tokens=int(tokens[indices].sum()))
-            metrics.update(seconds=end - start, optimizer_seconds=end - summed)
+            metrics.update(seconds=end - start, optimizer_seconds=end - summed_up)
             log.write(json.dumps({"step": step} | metrics) + "\n")
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             progress.update()
             if config.eval_every and step % config.eval_every == 0 and step < steps:
                 evaluate()
             stopped = not all_agree(not signals)
-            if stopped or config.save_every and step % config.save_every == 0:
+            if stopped or (config.save_every and step % config.save_every == 0):
                 state["log_bytes"] = log.tell()
                 save_checkpoint(out, state, optimizer)
             if stopped:
-                raise Stopped(signals[0] if signals else signal.SIGTERM, step)
+                raise Stopped(signals[0] if signals else signal.SIGTERM, step)  # another's signal
         optimizer.states.clear()  # so that writing the model takes no more memory than training it
         for param in model.parameters():  # the last figures are then those of what is written
             param.data.copy_(param.data.bfloat16())
@@ -936,7 +935,7 @@ def fail(message, status=2):
 
 def parse_arguments(argv):
     """The settings of a command line, over the defaults of the preset that --model names."""
-    presets = "Presets, by --model; the defaults above are those of the one given, or of tiny."
+    presets = "Presets for --model. The defaults above are those of the one given, or else of tiny."
     for name, preset in PRESETS.items():
         c = Config(**preset)
         presets += f" {name}: alpha {c.alpha:g}, beta {c.beta:g}, gamma {c.gamma:g} (gamma/beta "
@@ -946,6 +945,7 @@ def parse_arguments(argv):
     parser.error = fail  # in place of a screen of usage
     for action in parser._actions:  # every flag is accepted with underscores too, but shown once
         action.option_strings = action.option_strings[-1:]
+    # once for the model alone, whose preset gives the defaults
     values, _ = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
     preset = dict(PRESETS.get(values.model, {}))
     if values.data:
@@ -970,7 +970,7 @@ def main(argv=None):
             config = resolve(config)
             beside("plan", "make_plan", config, *load_data(config)[1:3])
         elif train(config):
-            print(beside("report", "report", config.out) or "")
+            print(beside("report", "report", config.out) or f"saved in {config.out}")
     except UserError as error:
         fail(error)
     except Stopped as error:
@@ -987,7 +987,7 @@ def main(argv=None):
             remedy = "lower --learning-rate or --alpha, from the start if --resume ends here too; "
         saved = checkpoints(Path(config.out))
         remedy += "what was saved is whole: --resume" if saved else "nothing was saved: start again"
-        fail(f"{str(error).strip().splitlines()[-1]}; {remedy}", 1)
+        fail(f"{(str(error).strip() or repr(error)).splitlines()[-1]}; {remedy}", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import alphapo
-from alphapo import WORLD_SIZE, UserError, lengths, row_tokens
+from alphapo import WORLD_SIZE, UserError, row_tokens, token_counts
 
 GIB = 2**30
 
@@ -32,8 +32,8 @@ PLACEMENTS = {  # where masters and gradient sums live beside a GPU, the fastest
 
 def empty_model(name):
     """The model on the meta device, without weights, or UserError."""
-    config = alphapo.from_pretrained(transformers.AutoConfig, name)
-    with alphapo.one_line(f"--model {name}", "choose a causal language model"):
+    config = alphapo.load_pretrained(transformers.AutoConfig, name)
+    with alphapo.user_error(f"--model {name}", "choose a causal language model"):
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if model.get_output_embeddings() is None:
@@ -52,7 +52,7 @@ def pair_flops(model, pairs):
     body = model.num_parameters() - head.numel() * (1 if tied else 2)
     heads = getattr(config, "num_attention_heads", 0)  # Mamba has none
     channels = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
-    prompt, chosen, rejected = lengths(pairs).T.astype(float)
+    prompt, chosen, rejected = token_counts(pairs).T.astype(float)
     responses = chosen + rejected
     attending = (prompt**2 + chosen**2 + rejected**2) / 2 + prompt * responses
     attention = 12 * config.num_hidden_layers * channels * attending
@@ -111,7 +111,7 @@ def peak_memory(device):
 
 
 def print_peak(device):
-    print(f"the longest pair took {peak_memory(device):.2f} GiB, forward and backward")
+    print(f"the largest micro-batch took {peak_memory(device):.2f} GiB, forward and backward")
 
 
 def check_pairs(config, model, pairs):
@@ -177,7 +177,7 @@ def make_plan(config, pairs, eval_pairs):
     plan = dict(
         parameters=count,
         steps=steps,
-        tokens=int(lengths(pairs).sum() * epochs),
+        tokens=int(token_counts(pairs).sum() * epochs),
         pflop=float(pair_flops(model, pairs).sum() * epochs) / 1e15,
         peak_flops=next((peak for name, peak in PEAKS.items() if name in card), None),
         # a checkpoint has 12 bytes per parameter, and three exist for a moment; the model has 2

@@ -49,7 +49,9 @@ def test_flops_are_those_that_torch_counts():
     """Forward and backward passes of one pair against the formula."""
     model, rng = small_model("llama"), np.random.default_rng(0)
     model.set_attn_implementation("eager")  # of the others torch does not count the attention
-    pairs = shared.as_pairs([tuple(rng.integers(3, 97, n).astype(np.int32) for n in (60, 40, 44))])
+    pairs = [
+        alphapo.Pair(*(rng.integers(3, 97, n).astype(np.int32) for n in (60, 40, 44)), "a pair")
+    ]
     with FlopCounterMode(display=False) as counter:
         run_small(model, pairs, 1000, train=True)
     # torch counts every query with every key of the row
@@ -153,7 +155,7 @@ def test_the_plan_counts_what_the_run_does():
     made, pairs = plan_of(config), alphapo.load_data(config)[1]
     count = sum(param.numel() for param in alphapo.load_model(str(TINY)).parameters())
     assert (made["parameters"], made["steps"], plan_of(resolved())["steps"]) == (count, 2, 2 * 10)
-    assert made["tokens"] == pytest.approx(16 * alphapo.lengths(pairs).sum() / 294, abs=1)
+    assert made["tokens"] == pytest.approx(16 * alphapo.token_counts(pairs).sum() / 294, abs=1)
     bytes_each = {k: size * 2**30 / count for k, size in made["memory_gib"]["cpu"].items()}
     want = {"weights": 2, "gradient sums": 4, "masters and moments": 12}
     assert bytes_each | want == bytes_each
