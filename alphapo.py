@@ -10,7 +10,7 @@
     python alphapo.py --model FOLDER --data PAIRS.jsonl --learning-rate 1e-6
     torchrun --nproc-per-node 8 alphapo.py --model mistral-7b-instruct
 
-Left out: a reference model, LoRA. Never loaded: remote code, pickles. Sections use what is above.
+Left out: reference model, LoRA. Never loaded: remote code, pickles. Sections use earlier ones only.
 
 AlphaPO: Gupta et al. 2025, arXiv 2501.03884. SimPO: Meng et al. 2024, arXiv 2405.14734.
 """
@@ -83,7 +83,7 @@ def alphapo_loss(chosen_logps, rejected_logps, alpha, beta, gamma):
 
 # ------------------------------------------------------------------------------------ settings
 class UserError(Exception):
-    """A mistake that the user can correct: printed as one line, exit status 2."""
+    """A mistake that the user can correct: printed without a traceback, exit status 2."""
 
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
@@ -94,7 +94,7 @@ PRESETS = {
         model=str(TINY), data=str(TINY / "train.jsonl"), eval_data=str(TINY / "eval.jsonl"),
         alpha=0.25, beta=2.5, gamma=0.1, learning_rate=2e-4, batch_size=32, epochs=2,
         eval_every=16),
-    # AlphaPO's Table 3, by way of TRL's paper index, where gamma / beta is 0.1, 0.3 and 0.5
+    # AlphaPO's Table 3 (gamma / beta: 0.1, 0.3, 0.5), as TRL's index and a public note quote it
     "mistral-7b-instruct": dict(
         model="mistralai/Mistral-7B-Instruct-v0.2", alpha=0.25, beta=2.5, gamma=0.25,
         data="princeton-nlp/mistral-instruct-ultrafeedback", learning_rate=7e-7),
@@ -123,11 +123,11 @@ class Config:
     learning_rate: float = HfArg(default=7e-7, help="peak: a warm-up before it, a cosine after it")
     batch_size: int = HfArg(default=128, help="pairs per optimizer step")
     epochs: int = HfArg(default=1, help="passes over the pairs")
-    max_steps: int | None = HfArg(default=None, help="stop after so many optimizer steps")
+    max_steps: int | None = HfArg(default=None, help="end the run and its cosine at this step")
     warmup_ratio: float = HfArg(default=0.1, help="share of the steps that warm up")
     max_grad_norm: float = HfArg(default=1.0, help="clip the gradient to this norm")
     max_length: int = HfArg(default=2048, help="tokens of prompt and response together")
-    max_prompt_length: int | None = HfArg(default=None, help="cut prompts to (max-length - 248)")
+    max_prompt_length: int | None = HfArg(default=None, help="what cut prompts keep (length - 248)")
     micro_tokens: int | None = HfArg(default=None, help="tokens at a time (cuda 16384, cpu 512)")
     gradient_checkpointing: bool | None = HfArg(default=None, help="recompute layers (cuda: true)")
     plain_rows: bool = HfArg(default=False, help="compute each prompt twice, as other trainers do")
@@ -171,7 +171,7 @@ def resolve(config: Config) -> Config:
 def beside(module, function, *args):
     """Call a function of data/MODULE.py (plan, report, hub); None where this file stands alone."""
     path = TINY.parent / f"{module}.py"
-    sys.modules.setdefault("alphapo", sys.modules[__name__])  # what the script imports
+    sys.modules.setdefault("alphapo", sys.modules[__name__])  # those files import alphapo
     return runpy.run_path(str(path))[function](*args) if path.exists() else None
 
 
@@ -193,9 +193,9 @@ def load_pretrained(kind, name, **options):
     if os.path.isdir(name):
         remedy = "a model folder holds config.json, a tokenizer and safetensors; try: git lfs pull"
     elif near and "/" not in name:
-        remedy = f"did you mean {near[0]}?"
+        remedy = f"did you mean {near[0]}? In Python: Config(**PRESETS[{near[0]!r}])"
     else:
-        remedy = "no such folder; for the hub: a network; if gated: its licence, hf auth login"
+        remedy = "no such folder; a hub id needs a network, and a gated one: hf auth login"
     with user_error(f"--model {name}: not loaded", remedy):
         return kind.from_pretrained(name, **options)
 
@@ -377,7 +377,7 @@ def load_model(name, checkpointing=False):
             what = f"{len(keys)} {kind.replace('_', ' ')}, such as {min(map(str, keys))}"
             raise UserError(f"--model {name}: {what}; download config and weights again")
     embedding = model.get_input_embeddings()
-    # where it is tied, the projection gives its weight a dense gradient: the lookup adds a few rows
+    # a tied weight gets a dense gradient as projection: as lookup it adds a few rows, sparse
     embedding.sparse = model.get_output_embeddings().weight is embedding.weight
     if checkpointing:
         old = model.gradient_checkpointing_enable  # renamed in transformers 5.18
@@ -523,9 +523,9 @@ def pair_logps(model, rows: Rows):
 @torch.no_grad()
 def check_model(model, pair):
     """Compare shared rows with the model's own forward pass, on one pair and in float32.
-    Returns (None or why shared rows are wrong for this model, plain log-probabilities (2,)). They
-    agree to 5e-7 where shared rows are right; recurrent layers, or logits scaled after the
-    projection, are 1e-3 off and more. UserError where the model is not causal or not finite."""
+    Returns (None or why shared rows are wrong for this model, plain log-probabilities (2,)). Shared
+    and plain agree to 5e-7 where shared rows are right; recurrent layers, or logits scaled after
+    the projection, are 1e-3 off and more. UserError where the model is not causal or not finite."""
     tokens = torch.from_numpy(np.append(*pair[:2]).astype(np.int64))[None]
     whole = model(input_ids=tokens, use_cache=False).logits[0, :-1]
     cut = model(input_ids=tokens[:, :-1], use_cache=False).logits[0]
@@ -548,7 +548,7 @@ METRICS += ["logps/chosen", "logps/rejected"]
 
 
 def micro_batches(tokens, order, micro_tokens):
-    """Split indices, in order of falling length, into lists that take at most micro_tokens tokens
+    """Split indices, which come longest first, into lists that take at most micro_tokens tokens
     when padded (a longer row is a list by itself). tokens: maps an index to its row's tokens."""
     batches = []
     for i in order:
@@ -617,7 +617,7 @@ class MasterAdamW:
         for name, param in self.params.items():
             param.register_post_accumulate_grad_hook(functools.partial(self.add_gradient, name))
             master = param.detach().to(master_device)
-            param.data = master.to(device, dtype)  # the master itself, if it is that
+            param.data = master.to(device, dtype)  # the master itself if neither differs
             if self.owners[name] == RANK:
                 moments = {key: torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")}
                 self.states[name] = dict(master=master, **moments, step=master.new_zeros(()))
@@ -633,8 +633,8 @@ class MasterAdamW:
         param.grad = None
 
     def reduce(self):
-        """Add up the sums of all processes, each on the owner of its master, and return the norm of
-        the whole gradient. FloatingPointError where it is not finite."""
+        """Add up the gradient sums of all processes on those that own their masters. Returns the
+        norm of the whole gradient. FloatingPointError where it is not finite."""
         for name, param in self.params.items() if WORLD_SIZE > 1 else ():
             if name not in self.sums:  # this process had no pair
                 self.sums[name] = torch.zeros(param.shape, device=self.sum_device)
@@ -677,7 +677,7 @@ class MasterAdamW:
 
 
 # ------------------------------------------------------------------------------------ checkpoints
-# What a resumed run may change (it is recorded): the names of the data, whose hash must be the same
+# What a resumed run may change; changes are recorded. Data may be renamed, but its hash must match
 MAY_CHANGE = "data eval_data out learning_rate device micro_tokens gradient_checkpointing compile "
 MAY_CHANGE = (MAY_CHANGE + "master_device eval_every save_every").split()
 
@@ -788,8 +788,8 @@ def catch_signals(on_exit):
 
 def build(config, devices, pairs, loss_fn):
     """(model, optimizer), after a rehearsal: the largest micro-batch there can be goes forward and
-    backward, so that what would fail hours later fails now, as UserError. Turns config.plain_rows
-    on where shared rows are wrong for the model."""
+    backward, so that what would fail hours later fails now: OutOfMemoryError, or UserError where
+    figures are wrong. Turns config.plain_rows on where shared rows are wrong for the model."""
     model = load_model(config.model, config.gradient_checkpointing)
     prompt, chosen, rejected, _ = pairs[row_tokens(pairs, plain=False).argmax()]
     pair = prompt[-256:], chosen[:128], rejected[:128]  # short, so that 7B takes seconds on a CPU
@@ -935,7 +935,7 @@ def fail(message, status=2):
 
 def parse_arguments(argv):
     """The settings of a command line, over the defaults of the preset that --model names."""
-    presets = "Presets for --model. The defaults above are those of the one given, or else of tiny."
+    presets = "Presets for --model. Defaults above: the given one's, or tiny's without --model."
     for name, preset in PRESETS.items():
         c = Config(**preset)
         presets += f" {name}: alpha {c.alpha:g}, beta {c.beta:g}, gamma {c.gamma:g} (gamma/beta "
@@ -968,7 +968,7 @@ def main(argv=None):
     try:
         if config.plan:
             config = resolve(config)
-            beside("plan", "make_plan", config, *load_data(config)[1:3])
+            beside("plan", "make_plan", config, *load_data(config)[1:3]) or fail("no data/plan.py")
         elif train(config):
             print(beside("report", "report", config.out) or f"saved in {config.out}")
     except UserError as error:
@@ -977,7 +977,7 @@ def main(argv=None):
         number, step = error.args
         processes = os.environ.get("LOCAL_WORLD_SIZE")
         launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
-        command = shlex.join([arg for arg in sys.argv if arg != "--resume"] + ["--resume"])
+        command = shlex.join(sys.argv if config.resume else [*sys.argv, "--resume"])
         fail(f"stopped after step {step} and saved; go on with: {launcher} {command}", 128 + number)
     except (FloatingPointError, OSError, torch.OutOfMemoryError, SafetensorError) as error:
         if isinstance(error, BrokenPipeError):
@@ -986,7 +986,7 @@ def main(argv=None):
         if isinstance(error, FloatingPointError):
             remedy = "lower --learning-rate or --alpha, from the start if --resume ends here too; "
         saved = checkpoints(Path(config.out))
-        remedy += "what was saved is whole: --resume" if saved else "nothing was saved: start again"
+        remedy += "what was saved is whole: --resume" if saved else "no checkpoint was saved"
         fail(f"{(str(error).strip() or repr(error)).splitlines()[-1]}; {remedy}", 1)
     finally:
         if dist.is_initialized():

@@ -804,7 +804,7 @@ def test_what_ends_a_run_is_one_line_and_under_torchrun_names_torchrun(monkeypat
     for error, code, line in (
         (stopped, 143, "node 2 alphapo.py --data 'my pairs.jsonl' --resume"),
         (FloatingPointError("the end"), 1, "the end; lower --learning-rate"),
-        (OSError(), 1, "OSError(); nothing was saved"),
+        (OSError(), 1, "OSError(); no checkpoint was saved"),
         (full, 1, "lower --micro-tokens"),
     ):
         monkeypatch.setattr(alphapo, "train", mock.Mock(side_effect=error))
