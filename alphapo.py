@@ -787,8 +787,8 @@ def catch_signals(on_exit):
 
 
 def build(config, devices, pairs, loss_fn):
-    """(model, optimizer), after a rehearsal: the largest micro-batch there can be goes forward and
-    backward, so that what would fail hours later fails now: OutOfMemoryError, or UserError where
+    """(model, optimizer), after a rehearsal: the largest micro-batches go forward and backward,
+    so that what would fail hours later fails now: OutOfMemoryError, or UserError where
     figures are wrong. Turns config.plain_rows on where shared rows are wrong for the model."""
     model = load_model(config.model, config.gradient_checkpointing)
     prompt, chosen, rejected, _ = pairs[row_tokens(pairs, plain=False).argmax()]
@@ -805,9 +805,9 @@ def build(config, devices, pairs, loss_fn):
             layer.compile(dynamic=True)
     optimizer = MasterAdamW(model, config.device, getattr(torch, config.dtype), *devices)
     tokens = row_tokens(pairs, config.plain_rows)
-    copies = np.clip(config.micro_tokens // tokens, 1, config.batch_size)
-    fullest = int((copies * tokens).argmax())
-    largest = [fullest] * int(copies[fullest]) * WORLD_SIZE
+    copies = np.clip(config.micro_tokens // tokens, 1, min(config.batch_size, len(pairs)))
+    largest = {int(size.argmax()) for size in (tokens, copies * tokens, copies * tokens**2)}
+    largest = [i for i in largest for _ in range(int(copies[i]) * WORLD_SIZE)]
     bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # ten times what rounding was seen to do
     try:
         with torch.no_grad():

@@ -111,7 +111,7 @@ def peak_memory(device):
 
 
 def print_peak(device):
-    print(f"the largest micro-batch took {peak_memory(device):.2f} GiB, forward and backward")
+    print(f"the largest micro-batches took {peak_memory(device):.2f} GiB, forward and backward")
 
 
 def check_pairs(config, model, pairs):
@@ -164,6 +164,7 @@ def make_plan(config, pairs, eval_pairs):
     cannot hold the run.
     """
     model, everything = empty_model(config.model), [*pairs, *eval_pairs]
+    config = replace(config, batch_size=min(config.batch_size, len(pairs)))
     check_pairs(config, model, everything)
     count, longest = model.num_parameters(), int(row_tokens(everything, config.plain_rows).max())
     longest = longest // 2 if config.plain_rows else longest

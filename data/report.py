@@ -46,8 +46,9 @@ def running_mean(values):
 
 def draw_panel(axis, keys, steps, evaluations, colors, names):
     for key, color, name in zip(keys, colors, names):
-        axis.plot(steps["step"], steps[key], color=color, alpha=0.2, linewidth=0.8)
-        axis.plot(steps["step"], running_mean(steps[key]), color=color, linewidth=1.8, label=name)
+        values = steps.get(key, np.zeros(0))  # none while the first step goes on
+        axis.plot(steps["step"], values, color=color, alpha=0.2, linewidth=0.8)
+        axis.plot(steps["step"], running_mean(values), color=color, linewidth=1.8, label=name)
         if f"eval_{key}" in evaluations:
             axis.plot(evaluations["step"], evaluations[f"eval_{key}"], "o", color=color, mec=GREY)
 
@@ -166,7 +167,10 @@ def main():
     for run in args.runs:
         if not (Path(run) / "metrics.jsonl").is_file():
             parser.error(f"{run}: holds no metrics.jsonl; give the --out folder of a run")
-    plot_curves(args.runs, args.out)
+    try:
+        plot_curves(args.runs, args.out)
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.out} cannot be drawn: {error}")
     print(f"wrote {args.out}")
 
 
