@@ -787,9 +787,9 @@ def catch_signals(on_exit):
 
 
 def build(config, devices, pairs, loss_fn):
-    """(model, optimizer), after a rehearsal: the largest micro-batches go forward and backward,
-    so that what would fail hours later fails now: OutOfMemoryError, or UserError where
-    figures are wrong. Turns config.plain_rows on where shared rows are wrong for the model."""
+    """(model, optimizer), after a rehearsal: the micro-batches with the most tokens, the largest
+    masks and the longest pair run, so that what would fail hours later fails now. Turns
+    config.plain_rows on where shared rows are wrong. UserError where figures are not finite."""
     model = load_model(config.model, config.gradient_checkpointing)
     prompt, chosen, rejected, _ = pairs[row_tokens(pairs, plain=False).argmax()]
     pair = prompt[-256:], chosen[:128], rejected[:128]  # short, so that 7B takes seconds on a CPU
@@ -806,8 +806,7 @@ def build(config, devices, pairs, loss_fn):
     optimizer = MasterAdamW(model, config.device, getattr(torch, config.dtype), *devices)
     tokens = row_tokens(pairs, config.plain_rows)
     copies = np.clip(config.micro_tokens // tokens, 1, min(config.batch_size, len(pairs)))
-    largest = {int(size.argmax()) for size in (tokens, copies * tokens, copies * tokens**2)}
-    largest = [i for i in largest for _ in range(int(copies[i]) * WORLD_SIZE)]
+    sizes = copies * tokens, copies * tokens**2, tokens  # the most memory first, which is reused
     bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # ten times what rounding was seen to do
     try:
         with torch.no_grad():
@@ -815,7 +814,8 @@ def build(config, devices, pairs, loss_fn):
             rounded = torch.cat(pair_logps(model, rows)).cpu()
         if (rounded - exact).abs().max() > bound * max(1.0, exact.abs().max()):
             raise FloatingPointError(f"log-probabilities {rounded.tolist()}, not {exact.tolist()}")
-        run_pairs(model, pairs, largest, loss_fn, config, train=True)
+        for i in dict.fromkeys(int(size.argmax()) for size in sizes):
+            run_pairs(model, pairs, [i] * int(copies[i]) * WORLD_SIZE, loss_fn, config, train=True)
         optimizer.reduce()
     except FloatingPointError as error:
         remedy = "(lower --alpha, or compute in --dtype float32)"
