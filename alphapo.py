@@ -195,7 +195,7 @@ def load_pretrained(kind, name, **options):
     elif near and "/" not in name:
         remedy = f"did you mean {near[0]}? In Python: Config(**PRESETS[{near[0]!r}])"
     else:
-        remedy = "no such folder; a hub id needs a network, a gated one its licence and hf auth login"
+        remedy = "no such folder; a hub id needs a network, a gated one a licence and hf auth login"
     with user_error(f"--model {name}: not loaded", remedy):
         return kind.from_pretrained(name, **options)
 
