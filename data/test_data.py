@@ -110,10 +110,10 @@ SHAPES_7B = {
 WIDTHS = [
     ("mistral", 900),
     ("llama", 900),
-    ("gemma2", 3900),
+    ("gemma2", 900),
     ("mistral", 3900),
     ("llama", 3900),
-    ("gemma2", 900),
+    ("gemma2", 3900),
 ]
 
 
