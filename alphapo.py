@@ -17,6 +17,7 @@ AlphaPO: Gupta et al. 2025, arXiv 2501.03884. SimPO: Meng et al. 2024, arXiv 240
 
 import contextlib
 import csv
+import ctypes
 import difflib
 import fcntl
 import functools
@@ -464,9 +465,9 @@ class ProjectedLogps(torch.autograd.Function):
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap):
+    def forward(ctx, hidden, weight, targets, softcap, tied=False):
         """hidden (tokens, width), weight (vocabulary, width), targets (tokens,) -> (tokens,)."""
-        ctx.softcap = softcap
+        ctx.softcap, ctx.tied = softcap, tied
         ctx.tokens = tokens = max(1, ProjectedLogps.chunk[hidden.device.type] // len(weight))
         normalizers, logps = [], []
         for h, t in zip(hidden.split(tokens), targets.split(tokens)):
@@ -494,7 +495,10 @@ class ProjectedLogps(torch.autograd.Function):
             logits = None
             product = (grad_logits.T @ h).float()  # float32, because the chunks are summed
             grad_weight = product if grad_weight is None else grad_weight.add_(product)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        grad_weight = grad_weight.to(weight.dtype)
+        if ctx.tied and weight.grad is None:  # to .grad, torch adds the lookup's part in place
+            weight.grad, grad_weight = grad_weight, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def pair_logps(model, rows: Rows):
@@ -506,26 +510,26 @@ def pair_logps(model, rows: Rows):
     if rows.plain:
         logits = model(**inputs, attention_mask=(rows.segments >= 0).long()).logits
         logits = logits.flatten(0, 1)[rows.sources].float()
-        token_logps = logits.gather(1, rows.targets[:, None])[:, 0] - logits.logsumexp(1)
+        logps = logits.gather(1, rows.targets[:, None])[:, 0] - logits.logsumexp(1)
     else:
-        head, config = model.get_output_embeddings(), model.config.get_text_config()
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        config = model.config.get_text_config()
         if getattr(head, "bias", None) is not None:
             raise NotImplementedError("its projection has a bias")
-        masks = attention_masks(config, rows, model.get_input_embeddings().weight.dtype)
+        masks = attention_masks(config, rows, embedding.weight.dtype)
         output = model.base_model(**inputs, position_ids=rows.position_ids, attention_mask=masks)
         hidden = output[0].flatten(0, 1)[rows.sources]
         softcap = getattr(config, "final_logit_softcapping", None)
-        token_logps = ProjectedLogps.apply(hidden, head.weight, rows.targets, softcap)
-    means = [response.mean() for response in token_logps.split(rows.lengths)]
+        logps = ProjectedLogps.apply(hidden, head.weight, rows.targets, softcap, embedding.sparse)
+    means = [response.mean() for response in logps.split(rows.lengths)]
     return torch.stack(means[0::2]), torch.stack(means[1::2])
 
 
 @torch.no_grad()
 def check_model(model, pair):
     """Compare shared rows with the model's own forward pass, on one pair and in float32.
-    Returns (None or why shared rows are wrong for this model, plain log-probabilities (2,)). Shared
-    and plain agree to 5e-7 where shared rows are right; recurrent layers, or logits scaled after
-    the projection, are 1e-3 off and more. UserError where the model is not causal or not finite."""
+    Returns (None or why shared rows are wrong here, plain log-probabilities (2,)). Rounding gives
+    5e-7, recurrent layers or scaled logits 1e-3. UserError where it is not causal or not finite."""
     tokens = torch.from_numpy(np.append(*pair[:2]).astype(np.int64))[None]
     whole = model(input_ids=tokens, use_cache=False).logits[0, :-1]
     cut = model(input_ids=tokens[:, :-1], use_cache=False).logits[0]
@@ -616,6 +620,7 @@ class MasterAdamW:
         self.states, self.sums, self.sum_device = {}, {}, sum_device
         for name, param in self.params.items():
             param.register_post_accumulate_grad_hook(functools.partial(self.add_gradient, name))
+            self.sums[name] = torch.zeros_like(param, dtype=torch.float32, device=sum_device)
             master = param.detach().to(master_device)
             param.data = master.to(device, dtype)  # the master itself if neither differs
             if self.owners[name] == RANK:
@@ -628,20 +633,15 @@ class MasterAdamW:
             self.buffer = torch.empty(largest, dtype=dtype, pin_memory=True)
 
     def add_gradient(self, name, param):  # a hook, called when param.grad is complete
-        grad = param.grad.to(self.sum_device)
-        self.sums[name] = self.sums[name].add_(grad) if name in self.sums else grad.float()
+        self.sums[name].add_(param.grad.to(self.sum_device))
         param.grad = None
 
     def reduce(self):
         """Add up the gradient sums of all processes on those that own their masters. Returns the
         norm of the whole gradient. FloatingPointError where it is not finite."""
-        for name, param in self.params.items() if WORLD_SIZE > 1 else ():
-            if name not in self.sums:  # this process had no pair
-                self.sums[name] = torch.zeros(param.shape, device=self.sum_device)
-            dist.reduce(self.sums[name], self.owners[name])
-            if self.owners[name] != RANK:
-                del self.sums[name]
-        norm = torch.nn.utils.get_total_norm([self.sums[n] for n in self.params if n in self.sums])
+        for name, owner in self.owners.items() if WORLD_SIZE > 1 else ():
+            dist.reduce(self.sums[name], owner)
+        norm = torch.nn.utils.get_total_norm([self.sums[name] for name in self.states])
         if WORLD_SIZE > 1:
             dist.all_reduce(norm.square_())
             norm.sqrt_()
@@ -655,11 +655,11 @@ class MasterAdamW:
         FloatingPointError, before any weight changes, where the norm is not finite."""
         norm = self.reduce()
         clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for name, gradient in self.sums.items():
-            master, exp_avg, exp_avg_sq, count = self.states[name].values()
-            grad = gradient.mul_(clip).to(master.device)
+        for name, state in self.states.items():
+            master, exp_avg, exp_avg_sq, count = state.values()
+            grad = self.sums[name].mul_(clip).to(master.device)
             adamw([master], [grad], [exp_avg], [exp_avg_sq], [], [count], lr=learning_rate, **ADAMW)
-        self.sums.clear()
+        torch._foreach_zero_(list(self.sums.values()))
         self.update_model()
         return norm.item()
 
@@ -809,18 +809,16 @@ def build(config, devices, pairs, loss_fn):
     sizes = copies * tokens, copies * tokens**2, tokens  # the most memory first, which is reused
     bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # ten times what rounding was seen to do
     try:
-        with torch.no_grad():
-            rows = make_rows([pair], config.plain_rows, config.device)
-            rounded = torch.cat(pair_logps(model, rows)).cpu()
+        rows = make_rows([pair], config.plain_rows, config.device)
+        rounded = torch.cat(pair_logps(model, rows)).detach().cpu()
         if (rounded - exact).abs().max() > bound * max(1.0, exact.abs().max()):
             raise FloatingPointError(f"log-probabilities {rounded.tolist()}, not {exact.tolist()}")
         for i in dict.fromkeys(int(size.argmax()) for size in sizes):
             run_pairs(model, pairs, [i] * int(copies[i]) * WORLD_SIZE, loss_fn, config, train=True)
         optimizer.reduce()
     except FloatingPointError as error:
-        remedy = "(lower --alpha, or compute in --dtype float32)"
-        raise UserError(f"rehearsal: {error} {remedy}") from error
-    optimizer.sums.clear()
+        raise UserError(f"rehearsal: {error} (lower --alpha, or --dtype float32)") from error
+    torch._foreach_zero_(list(optimizer.sums.values()))
     beside("plan", "print_peak", config.device)  # of memory
     return model, optimizer
 
@@ -937,9 +935,8 @@ def parse_arguments(argv):
     """The settings of a command line, over the defaults of the preset that --model names."""
     presets = "Presets for --model. Defaults above: the given one's, or tiny's without --model."
     for name, preset in PRESETS.items():
-        c = Config(**preset)
-        presets += f" {name}: alpha {c.alpha:g}, beta {c.beta:g}, gamma {c.gamma:g} (gamma/beta "
-        presets += f"{c.gamma / c.beta:g}), learning rate {c.learning_rate:g}."
+        numbers = [f"{key} {value:g}" for key, value in preset.items() if type(value) is float]
+        presets += f" {name}: {', '.join(numbers)}."
     about = __doc__.split("\n")[0]
     parser = HfArgumentParser(Config, description=about, epilog=presets, allow_abbrev=False)
     parser.error = fail  # in place of a screen of usage
@@ -964,6 +961,9 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if sys.platform == "linux":  # keep freed memory, because new pages take a tenth of the time
+        for option, value in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     config = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
         if config.plan:

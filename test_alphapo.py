@@ -12,7 +12,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import resource
 import shutil
@@ -120,12 +119,10 @@ def test_flags_and_presets_are_those_of_help_and_of_the_paper(capsys):
         want = dict(alpha=alpha, beta=beta, gamma=beta * ratio, learning_rate=learning_rate)
         found = vars(alphapo.parse_arguments(["--model", name]))
         assert {key: found[key] for key in want} == pytest.approx(want, rel=1e-12)
-        line = f"{name}: alpha {alpha}, beta {beta:g}, gamma {beta * ratio:g} ("
+        line = f"{name}: alpha {alpha}, beta {beta:g}, gamma {beta * ratio:g}, learning_rate"
         assert line in " ".join(text.split())
     config = alphapo.parse_arguments("--alpha 0.5 --max_steps 3".split())
-    assert config == alphapo.replace(
-        alphapo.Config(**alphapo.PRESETS["tiny"]), alpha=0.5, max_steps=3
-    )
+    assert config == alphapo.Config(**alphapo.PRESETS["tiny"] | dict(alpha=0.5, max_steps=3))
     assert alphapo.parse_arguments(["--data", "mine.jsonl"]).eval_data is None
 
 
@@ -251,8 +248,8 @@ METRICS = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuraci
 METRICS = (METRICS + "logps/chosen logps/rejected").split()
 
 
-def run_small(model, pairs, micro_tokens, plain=False, train=False, device="cpu"):
-    config = alphapo.Config(device=device, micro_tokens=micro_tokens, plain_rows=plain)
+def run_small(model, pairs, micro_tokens, plain=False, train=False):
+    config = alphapo.Config(device="cpu", micro_tokens=micro_tokens, plain_rows=plain)
     return alphapo.run_pairs(model, pairs, range(len(pairs)), LOSS, config, train)
 
 
@@ -282,8 +279,12 @@ def test_a_step_is_that_of_the_models_own_forward_pass(name):
         other.get_input_embeddings().sparse = sparse
         other.zero_grad()
         found = run_small(other, pairs, micro_tokens, *plain, train=True)
-        assert found == pytest.approx(metrics, rel=1e-4, abs=1e-5)
-        assert_close([p.grad for p in other.parameters()], gradients, rtol=1e-3, atol=1e-5)
+        assert found == pytest.approx(metrics, rel=1e-5, abs=1e-5)
+        assert_close([p.grad for p in other.parameters()], gradients, rtol=1e-4, atol=1e-5)
+    found, other.get_input_embeddings().sparse = [p.grad for p in other.parameters()], False
+    other.zero_grad()
+    run_small(other, pairs, 90, train=True)
+    assert_close([p.grad for p in other.parameters()], found, rtol=1e-6, atol=1e-7)
 
 
 @cases("plain", [False, True])
@@ -318,7 +319,7 @@ def test_masters_are_plain_adamw_to_the_bit(dtype, learning_rate, places, monkey
     (model.weight * math.inf).sum().backward()
     with raises(FloatingPointError):  # and nothing changes
         optimizer.step(learning_rate, 1.0)
-    optimizer.sums.clear()
+    torch._foreach_zero_(list(optimizer.sums.values()))
     for _ in range(20):
         for scale in (1, 2**-9):
             (model.weight * (scale * push)).sum().backward()
@@ -358,8 +359,8 @@ def load(rows, tokenizer=TOKENIZER, max_length=256, max_prompt_length=128, name=
     return alphapo.load_pairs(name, tokenizer, config)
 
 
-def texts(pairs, tokenizer=TOKENIZER):
-    return [tuple(tokenizer.decode(ids) for ids in pair[:3]) for pair in pairs]
+def texts(pairs):
+    return [tuple(TOKENIZER.decode(ids) for ids in pair[:3]) for pair in pairs]
 
 
 def user(text, role="user"):
@@ -633,7 +634,7 @@ def test_the_rehearsal_runs_the_largest_micro_batches_and_leaves_no_trace(monkey
     assert all(first.count(i) == copies[i] for i in first)
     optimizer = alphapo.MasterAdamW(model, "cpu", torch.float32, "cpu", "cpu")
     run(model, pairs, order, LOSS, config, train=True)
-    optimizer.step(alphapo.learning_rate_at(0, 1, config), 1.0)
+    optimizer.step(config.learning_rate / 2, 1.0)
     written = AutoModel.from_pretrained("out").state_dict()
     assert all(torch.equal(written[k], x.bfloat16()) for k, x in model.state_dict().items())
 
@@ -667,7 +668,7 @@ def test_rows_splits_types_and_devices_differ_by_rounding_alone(device):
     alphapo.train(resolved(out="host_bf16", resume=True, **settings))  # after step 2
     assert metrics_of("first") == metrics_of("second") != metrics_of("seed")
     assert weights_of("first") == weights_of("second")
-    tolerances = dict(plain=1e-4, split=1e-4, bf16=5e-2, host=2e-3, gpu=2e-3, host_bf16=5e-2)
+    tolerances = dict(plain=1e-4, split=1e-4, bf16=3e-2, host=2e-3, gpu=2e-3, host_bf16=3e-2)
     for name, tolerance in tolerances.items():
         assert_same_log(name, "first", tolerance)
 
@@ -885,9 +886,8 @@ def test_a_run_reaches_the_same_end_whatever_happened(accident, stopped, monkeyp
     ACCIDENTS[accident](out, out / NEWEST, next((out / NEWEST).glob("*.safetensors")))
     there = {*checkpoints(out), "checkpoint-000005", NEWEST}
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # makes its import fail
-    for module, names in ((torch, "load save"), (pickle, "load loads dump dumps")):
-        for name in names.split():
-            monkeypatch.setattr(module, name, None)
+    for name in "torch.load torch.save pickle.load pickle.loads pickle.dump pickle.dumps".split():
+        monkeypatch.setattr(name, None)
     if accident.startswith(("a file", "the state")):
         line = f"{out / NEWEST} is damaged"
         assert "delete it" in ends_in_one_line([*SHORT, "--resume"], line, capsys)
