@@ -378,7 +378,7 @@ def load_model(name, checkpointing=False):
             what = f"{len(keys)} {kind.replace('_', ' ')}, such as {min(map(str, keys))}"
             raise UserError(f"--model {name}: {what}; download config and weights again")
     embedding = model.get_input_embeddings()
-    # a tied weight gets a dense gradient as projection: as lookup it adds a few rows, sparse
+    # a tied weight's gradient is dense, from the projection; the lookup adds a few rows, sparse
     embedding.sparse = model.get_output_embeddings().weight is embedding.weight
     if checkpointing:
         old = model.gradient_checkpointing_enable  # renamed in transformers 5.18
@@ -453,8 +453,8 @@ def attention_masks(config, rows, dtype):
 
 
 class ProjectedLogps(torch.autograd.Function):
-    """Log-probabilities of target tokens from hidden states, with one chunk of logits at a time.
-    The last chunk is kept for the backward pass, which computes the others again."""
+    """Log-probabilities of target tokens from hidden states, a chunk of logits at a time. The last
+    is kept for backward(), which computes the rest again. tied: the lookup has the same weight."""
 
     # logits per chunk; larger on CUDA, where reading the projection again for each costs more
     chunk = {"cpu": 2**24, "cuda": 2**28, "meta": 2**28}
@@ -467,7 +467,7 @@ class ProjectedLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, tied=False):
         """hidden (tokens, width), weight (vocabulary, width), targets (tokens,) -> (tokens,)."""
-        ctx.softcap, ctx.tied = softcap, tied
+        ctx.softcap, ctx.leaf = softcap, weight if tied else None
         ctx.tokens = tokens = max(1, ProjectedLogps.chunk[hidden.device.type] // len(weight))
         normalizers, logps = [], []
         for h, t in zip(hidden.split(tokens), targets.split(tokens)):
@@ -496,8 +496,8 @@ class ProjectedLogps(torch.autograd.Function):
             product = (grad_logits.T @ h).float()  # float32, because the chunks are summed
             grad_weight = product if grad_weight is None else grad_weight.add_(product)
         grad_weight = grad_weight.to(weight.dtype)
-        if ctx.tied and weight.grad is None:  # to .grad, torch adds the lookup's part in place
-            weight.grad, grad_weight = grad_weight, None
+        if ctx.leaf is not None and ctx.leaf.grad is None:  # torch would copy what is returned
+            ctx.leaf.grad, grad_weight = grad_weight, None  # to add the few rows of the lookup
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -528,8 +528,8 @@ def pair_logps(model, rows: Rows):
 @torch.no_grad()
 def check_model(model, pair):
     """Compare shared rows with the model's own forward pass, on one pair and in float32.
-    Returns (None or why shared rows are wrong here, plain log-probabilities (2,)). Rounding gives
-    5e-7, recurrent layers or scaled logits 1e-3. UserError where it is not causal or not finite."""
+    Returns (None or why shared rows are wrong here, plain log-probabilities (2,)). They differ by
+    5e-7 if right, by 1e-3 if layers recur or logits are scaled. UserError: not causal or finite."""
     tokens = torch.from_numpy(np.append(*pair[:2]).astype(np.int64))[None]
     whole = model(input_ids=tokens, use_cache=False).logits[0, :-1]
     cut = model(input_ids=tokens[:, :-1], use_cache=False).logits[0]
@@ -633,12 +633,12 @@ class MasterAdamW:
             self.buffer = torch.empty(largest, dtype=dtype, pin_memory=True)
 
     def add_gradient(self, name, param):  # a hook, called when param.grad is complete
-        self.sums[name].add_(param.grad.to(self.sum_device))
+        self.sums[name].add_(param.grad.to(self.sum_device))  # in float32, whatever grad is in
         param.grad = None
 
     def reduce(self):
-        """Add up the gradient sums of all processes on those that own their masters. Returns the
-        norm of the whole gradient. FloatingPointError where it is not finite."""
+        """Add up each gradient sum on the process that owns its master; elsewhere it is spoiled.
+        Returns the norm of the whole gradient. FloatingPointError where it is not finite."""
         for name, owner in self.owners.items() if WORLD_SIZE > 1 else ():
             dist.reduce(self.sums[name], owner)
         norm = torch.nn.utils.get_total_norm([self.sums[name] for name in self.states])
@@ -651,7 +651,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, learning_rate, max_norm):
-        """Clip the gradients, update masters and model, forget the gradients; return their norm.
+        """Clip the gradients, update masters and model, zero the sums; return the gradient's norm.
         FloatingPointError, before any weight changes, where the norm is not finite."""
         norm = self.reduce()
         clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -659,7 +659,7 @@ class MasterAdamW:
             master, exp_avg, exp_avg_sq, count = state.values()
             grad = self.sums[name].mul_(clip).to(master.device)
             adamw([master], [grad], [exp_avg], [exp_avg_sq], [], [count], lr=learning_rate, **ADAMW)
-        torch._foreach_zero_(list(self.sums.values()))
+        torch._foreach_zero_(list(self.sums.values()))  # those too that this process does not own
         self.update_model()
         return norm.item()
 
@@ -817,7 +817,7 @@ def build(config, devices, pairs, loss_fn):
             run_pairs(model, pairs, [i] * int(copies[i]) * WORLD_SIZE, loss_fn, config, train=True)
         optimizer.reduce()
     except FloatingPointError as error:
-        raise UserError(f"rehearsal: {error} (lower --alpha, or --dtype float32)") from error
+        raise UserError(f"rehearsal: {error} (try a lower --alpha or --dtype float32)") from error
     torch._foreach_zero_(list(optimizer.sums.values()))
     beside("plan", "print_peak", config.device)  # of memory
     return model, optimizer
@@ -933,9 +933,9 @@ def fail(message, status=2):
 
 def parse_arguments(argv):
     """The settings of a command line, over the defaults of the preset that --model names."""
-    presets = "Presets for --model. Defaults above: the given one's, or tiny's without --model."
+    presets = "Presets for --model. Defaults above: of the preset given, or tiny without --model."
     for name, preset in PRESETS.items():
-        numbers = [f"{key} {value:g}" for key, value in preset.items() if type(value) is float]
+        numbers = [f"{key} {value:g}" for key, value in preset.items() if type(value) is not str]
         presets += f" {name}: {', '.join(numbers)}."
     about = __doc__.split("\n")[0]
     parser = HfArgumentParser(Config, description=about, epilog=presets, allow_abbrev=False)
@@ -961,9 +961,9 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if sys.platform == "linux":  # keep freed memory, because new pages take a tenth of the time
-        for option, value in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: new pages took a tenth of a step
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks up to 32 MiB come from the heap,
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which keeps what is freed
     config = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
         if config.plan:
