@@ -529,7 +529,7 @@ def pair_logps(model, rows: Rows):
 def check_model(model, pair):
     """Compare shared rows with the model's own forward pass, on one pair and in float32.
     Returns (None or why shared rows are wrong here, plain log-probabilities (2,)). They differ by
-    5e-7 if right, by 1e-3 if layers recur or logits are scaled. UserError: not causal or finite."""
+    5e-7 if right, 1e-3 if layers recur or it scales logits. UserError: not causal or not finite."""
     tokens = torch.from_numpy(np.append(*pair[:2]).astype(np.int64))[None]
     whole = model(input_ids=tokens, use_cache=False).logits[0, :-1]
     cut = model(input_ids=tokens[:, :-1], use_cache=False).logits[0]
@@ -617,7 +617,7 @@ class MasterAdamW:
     def __init__(self, model, device, dtype, master_device, sum_device):
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.owners = {name: i % WORLD_SIZE for i, name in enumerate(self.params)}
-        self.states, self.sums, self.sum_device = {}, {}, sum_device
+        self.states, self.sums = {}, {}
         for name, param in self.params.items():
             param.register_post_accumulate_grad_hook(functools.partial(self.add_gradient, name))
             self.sums[name] = torch.zeros_like(param, dtype=torch.float32, device=sum_device)
@@ -633,7 +633,7 @@ class MasterAdamW:
             self.buffer = torch.empty(largest, dtype=dtype, pin_memory=True)
 
     def add_gradient(self, name, param):  # a hook, called when param.grad is complete
-        self.sums[name].add_(param.grad.to(self.sum_device))  # in float32, whatever grad is in
+        self.sums[name].add_(param.grad.to(self.sums[name].device))  # in float32, whatever grad is
         param.grad = None
 
     def reduce(self):
