@@ -10,15 +10,15 @@
     python alphapo.py --model FOLDER --data PAIRS.jsonl --learning-rate 1e-6
     torchrun --nproc-per-node 8 alphapo.py --model mistral-7b-instruct
 
-Left out: reference model, LoRA. Never loaded: remote code, pickles. Sections use earlier ones only.
-
+The method comes first: the loss, rows and log-probabilities, a step. Each section uses only what
+stands above it. Left out: a reference model (the method has none), LoRA, remote code, pickles.
 AlphaPO: Gupta et al. 2025, arXiv 2501.03884. SimPO: Meng et al. 2024, arXiv 2405.14734.
 """
 
+import argparse
 import contextlib
 import csv
-import ctypes
-import difflib
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -26,30 +26,33 @@ import json
 import math
 import os
 import re
-import runpy
+import resource
 import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter, namedtuple
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports without a traceback
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # torch reads both once
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages, worth 5 % of the time on a CPU
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as state_dicts
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch.optim.adamw import adamw
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
-from transformers.hf_argparser import HfArg
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.masking_utils import create_masks_for_generate
+
+TORCHRUN = os.environ if dist.is_torchelastic_launched() else {}  # a stray RANK means nothing
+RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 
 
 # ------------------------------------------------------------------------------------ the loss
@@ -72,9 +75,10 @@ def alphapo_loss(chosen_logps, rejected_logps, alpha, beta, gamma):
         gamma: target margin, not divided by beta; SimPO's settings give gamma / beta instead.
     Returns (losses, chosen_rewards, rejected_rewards), (pairs,) each, in the dtype of chosen_logps.
     Rewards are multiplied by beta and carry no gradient. Raises ValueError where the shapes differ,
-    because broadcasting would compare the wrong responses."""
-    if chosen_logps.shape != rejected_logps.shape:
-        raise ValueError(f"shapes differ: {chosen_logps.shape} and {rejected_logps.shape}")
+    because broadcasting would compare the wrong responses, or where logps are integers."""
+    if chosen_logps.shape != rejected_logps.shape or not chosen_logps.is_floating_point():
+        found = [(tuple(logps.shape), logps.dtype) for logps in (chosen_logps, rejected_logps)]
+        raise ValueError(f"need log-probabilities of one shape in floating point, not {found}")
     chosen_rewards = beta * alphapo_reward(chosen_logps, alpha)
     rejected_rewards = beta * alphapo_reward(rejected_logps, alpha)
     losses = -torch.nn.functional.logsigmoid(chosen_rewards - rejected_rewards - gamma)
@@ -82,19 +86,153 @@ def alphapo_loss(chosen_logps, rejected_logps, alpha, beta, gamma):
     return losses.to(dtype), chosen_rewards.detach().to(dtype), rejected_rewards.detach().to(dtype)
 
 
+# -------------------------------------------------------------------- rows and log-probabilities
+# token ids of a preference pair, int32 arrays, and where it was read (FILE:LINE)
+Pair = namedtuple("Pair", "prompt chosen rejected place", defaults=[""])
+
+
+def pair_tokens(pair, plain_rows):
+    """Tokens that the rows of a pair take, before padding."""
+    before, chosen, rejected = len(pair.prompt) - 1, len(pair.chosen), len(pair.rejected)
+    return 2 * (before + max(chosen, rejected)) if plain_rows else before + chosen + rejected
+
+
+def make_rows(pairs, plain_rows=False):
+    """Lay out pairs as padded token rows. A response is predicted by the prompt's last token and by
+    its own tokens but the last: these are its segment, and segment 0 is the prompt before them.
+
+        shared: [prompt[:-1] | prompt[-1], chosen[:-1] | prompt[-1], rejected[:-1]]
+        plain:  [prompt[:-1] | prompt[-1], chosen[:-1]] and the same with rejected
+
+    Returns input_ids, position_ids, segments (-1 is padding), (rows, width) each, and targets
+    (response tokens,): what the tokens of segments 1 and 2 predict, in the order of the rows."""
+    rows = []  # each a list of (segment, token ids)
+    for pair in pairs:
+        before = (0, pair.prompt[:-1])
+        chosen = (1, np.append(pair.prompt[-1:], pair.chosen[:-1]))
+        rejected = (2, np.append(pair.prompt[-1:], pair.rejected[:-1]))
+        shared = [[before, chosen, rejected]]
+        rows += [[before, chosen], [before, rejected]] if plain_rows else shared
+    width = max(sum(len(ids) for _, ids in row) for row in rows)
+    width = math.ceil(width / 8) * 8  # on CUDA, attention copies a mask of any other width
+    input_ids, position_ids = np.zeros((2, len(rows), width), np.int64)
+    segments = np.full((len(rows), width), -1)
+    for r, row in enumerate(rows):
+        end = 0
+        for segment, ids in row:
+            start, end = end, end + len(ids)
+            first = len(row[0][1]) if segment else 0  # both responses begin where the prompt ends
+            input_ids[r, start:end], segments[r, start:end] = ids, segment
+            position_ids[r, start:end] = np.arange(first, first + len(ids))
+    targets = np.concatenate([ids for pair in pairs for ids in pair[1:3]]).astype(np.int64)
+    return [torch.from_numpy(x) for x in (input_ids, position_ids, segments, targets)]
+
+
+def attention_masks(config, position_ids, segments, dtype):
+    """Masks of shared rows, (rows, 1, width, width): one, or a dict with one for each kind of layer
+    that the model's config names. A token sees the prompt and its own response, up to itself and
+    within the layer's window, in positions. Raises KeyError where a layer is not attention."""
+    query, key = segments[:, :, None], segments[:, None, :]
+    seen = ((key == query) | (key == 0)).tril()
+    distance = position_ids[:, :, None] - position_ids[:, None, :]
+
+    def additive(window):  # eager attention adds the mask, so a bool mask would be silently wrong
+        visible = seen if window is None else seen & (distance < window)
+        lowest = torch.finfo(torch.bfloat16).min  # finite wherever FSDP casts it: -inf gives NaN
+        return torch.zeros_like(seen, dtype=dtype).masked_fill_(~visible, lowest)[:, None]
+
+    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return additive(windows["sliding_attention"])
+    return {kind: additive(windows[kind]) for kind in set(kinds)}
+
+
+def pair_logps(model, pairs, plain_rows=False, device="cpu"):
+    """(chosen_logps, rejected_logps), (pairs,) each: mean log-probabilities per token (nats) by the
+    model's own forward pass, in which only response tokens meet the vocabulary."""
+    rows = [tensor.to(device) for tensor in make_rows(pairs, plain_rows)]
+    input_ids, position_ids, segments, targets = rows
+    inputs = dict(logits_to_keep=segments > 0, use_cache=False)
+    if not plain_rows:  # plain rows need no mask: padding stands on the right, where no token looks
+        masks = attention_masks(model.config.get_text_config(), position_ids, segments, model.dtype)
+        inputs.update(position_ids=position_ids, attention_mask=masks)
+    logits = model(input_ids, **inputs).logits.float()  # (response tokens, vocabulary)
+    logps = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    responses = logps.split([len(ids) for pair in pairs for ids in pair[1:3]])
+    means = torch.stack([response.mean() for response in responses])
+    return means[0::2], means[1::2]
+
+
+# ------------------------------------------------------------------------------------ a step
+METRICS = ["loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
+METRICS += ["logps/chosen", "logps/rejected"]  # TRL's names; rewards include beta
+
+
+def micro_batches(order, tokens, micro_tokens):
+    """Split indices into lists whose padded rows take at most micro_tokens, or one pair. order:
+    longest first, so that the first of a list decides its width. tokens: of each index."""
+    batches = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * tokens[batches[-1][0]] <= micro_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def run_pairs(model, pairs, indices, loss_fn, config, training=False):
+    """Mean METRICS of the pairs at these indices; in training, the gradient of their mean loss too.
+    Each loss is divided by the number of all pairs, so micro-batches and processes do not matter.
+    Raises FloatingPointError, which names pairs, where a loss is not finite."""
+    tokens = {i: pair_tokens(pairs[i], config.plain_rows) for i in indices}
+    order = sorted(indices, key=tokens.get, reverse=True)
+    shares = [order[rank::WORLD_SIZE] for rank in range(WORLD_SIZE)]
+    shares = [micro_batches(share, tokens, config.micro_tokens) for share in shares]
+    passes = max(map(len, shares))  # as many on every process, because in each FSDP waits for all
+    sums, bad = torch.zeros(len(METRICS), dtype=torch.float64, device=config.device), []
+    for number in range(passes):
+        batch = shares[RANK][number] if number < len(shares[RANK]) else []
+        if training and config.offload == "keep":  # weights and sums stay on the device for a step
+            model.set_requires_gradient_sync(number == passes - 1)
+            model.set_reshard_after_backward(number == passes - 1)
+        some = [pairs[i] for i in batch or order[:1]]
+        with torch.set_grad_enabled(training):
+            logps = pair_logps(model, some, config.plain_rows, config.device)
+            if batch:
+                losses, chosen_rewards, rejected_rewards = loss_fn(*logps, pairs, batch)
+            else:  # any pair, times zero, because other processes go on
+                losses = chosen_rewards = rejected_rewards = 0.0 * (logps[0] + logps[1])
+        if training:
+            (losses.sum() / len(order)).backward()
+        margins = chosen_rewards - rejected_rewards
+        values = losses, chosen_rewards, rejected_rewards, margins, margins > 0, *logps
+        values = torch.stack([value.detach().double() for value in values])  # (metrics, pairs)
+        sums += values.sum(1) * bool(batch)
+        bad.append((some, ~values[0].isfinite()))
+    for module in model.modules() if not training else ():  # a backward pass does this by itself
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    if WORLD_SIZE > 1:
+        dist.all_reduce(sums)
+    means = dict(zip(METRICS, (sums / len(order)).tolist()))  # waits for the device
+    if not math.isfinite(means["loss"]):
+        places = [pair.place for some, flags in bad for pair, flag in zip(some, flags) if flag]
+        raise FloatingPointError(f"the loss is not finite, at {places[:10] or 'another process'}")
+    return means
+
+
 # ------------------------------------------------------------------------------------ settings
 class UserError(Exception):
-    """A mistake that the user can correct: printed without a traceback, exit status 2."""
+    """A mistake that the user can correct: printed as one line, exit status 2."""
 
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 # fmt: off
 PRESETS = {
     "tiny": dict(
         model=str(TINY), data=str(TINY / "train.jsonl"), eval_data=str(TINY / "eval.jsonl"),
-        alpha=0.25, beta=2.5, gamma=0.1, learning_rate=2e-4, batch_size=32, epochs=2,
-        eval_every=16),
+        gamma=0.1, learning_rate=2e-4, batch_size=32, epochs=2, eval_every=16),
     # AlphaPO's Table 3 (gamma / beta: 0.1, 0.3, 0.5), as TRL's index and a public note quote it
     "mistral-7b-instruct": dict(
         model="mistralai/Mistral-7B-Instruct-v0.2", alpha=0.25, beta=2.5, gamma=0.25,
@@ -106,666 +244,723 @@ PRESETS = {
         model="google/gemma-2-9b-it", alpha=0.1, beta=10.0, gamma=5.0,
         data="princeton-nlp/gemma2-ultrafeedback-armorm", learning_rate=8e-7),
 }
-Device = Literal["auto", "cuda", "cpu"]
 
 
-@dataclass
+def setting(default, help, *allowed):
+    """A field of Config. allowed: the words for it, or its least and its greatest number."""
+    return dataclasses.field(default=default, metadata=dict(help=help, allowed=allowed))
+
+
+@dataclasses.dataclass
 class Config:
     """Every setting of a run, each also a flag. In Python, a preset is Config(**PRESETS[name])."""
 
-    model: str = HfArg(default="tiny", help="a preset, a model folder or a hub id")
-    data: str | None = HfArg(default=None, help="pairs: a file or OWNER/NAME[:SPLIT] of the hub")
-    eval_data: str | None = HfArg(default=None, help="held-out pairs, named likewise")
-    eval_split: float = HfArg(default=0.02, help="share of pairs to hold out without --eval-data")
-    out: str = HfArg(default="out", help="folder for the aligned model and the run's figures")
-    alpha: float = HfArg(default=0.25, help="shape of the reward; 0 is SimPO")
-    beta: float = HfArg(default=2.5, help="scale of the reward")
-    gamma: float = HfArg(default=0.25, help="target margin; SimPO's settings divide it by beta")
-    learning_rate: float = HfArg(default=7e-7, help="peak: a warm-up before it, a cosine after it")
-    batch_size: int = HfArg(default=128, help="pairs per optimizer step")
-    epochs: int = HfArg(default=1, help="passes over the pairs")
-    max_steps: int | None = HfArg(default=None, help="end the run and its cosine at this step")
-    warmup_ratio: float = HfArg(default=0.1, help="share of the steps that warm up")
-    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient to this norm")
-    max_length: int = HfArg(default=2048, help="tokens of prompt and response together")
-    max_prompt_length: int | None = HfArg(default=None, help="what cut prompts keep (length - 248)")
-    micro_tokens: int | None = HfArg(default=None, help="tokens at a time (cuda 16384, cpu 512)")
-    gradient_checkpointing: bool | None = HfArg(default=None, help="recompute layers (cuda: true)")
-    plain_rows: bool = HfArg(default=False, help="compute each prompt twice, as other trainers do")
-    device: Device = HfArg(default="auto", help="where the model computes")
-    dtype: Literal["auto", "bfloat16", "float32"] = HfArg(default="auto", help="what to compute in")
-    master_device: Device = HfArg(default="auto", help="where AdamW's weights and moments live")
-    compile: bool = HfArg(default=False, help="compile the layers: slow to start, then faster")
-    plan: bool = HfArg(default=False, help="say what the run needs, load no weights, and stop")
-    eval_every: int | None = HfArg(default=None, help="also evaluate every so many steps")
-    save_every: int | None = HfArg(default=None, help="write a checkpoint every so many steps")
-    resume: bool = HfArg(default=False, help="continue from the newest checkpoint in --out")
-    seed: int = HfArg(default=42, help="decides the order of the pairs and which are held out")
+    model: str = setting("tiny", "a preset, a model folder or a hub id")
+    data: str | None = setting(None, "pairs: a file or OWNER/NAME[:SPLIT] of the hub")
+    eval_data: str | None = setting(None, "held-out pairs, named likewise")
+    eval_split: float = setting(0.02, "share of pairs to hold out without --eval-data", 0, 0.99)
+    out: str = setting("out", "new folder for the aligned model and the run's figures")
+    alpha: float = setting(0.25, "shape of the reward; 0 is SimPO", -1e6, 1e6)
+    beta: float = setting(2.5, "scale of the reward", 1e-12, 1e12)
+    gamma: float = setting(0.25, "target margin; SimPO's settings divide it by beta", 0, 1e12)
+    learning_rate: float = setting(7e-7, "peak, between a warm-up and a cosine", 1e-12, 1e3)
+    batch_size: int = setting(128, "pairs per optimizer step", 1, 1e9)
+    epochs: int = setting(1, "passes over the pairs", 1, 1e9)
+    max_steps: int | None = setting(None, "end the run and its cosine at this step", 1, 1e9)
+    warmup_ratio: float = setting(0.1, "share of the steps that warm up", 0, 0.99)
+    max_grad_norm: float = setting(1.0, "clip the gradient to this norm", 1e-12, 1e12)
+    max_length: int = setting(2048, "tokens of prompt and response together", 2, 1e9)
+    max_prompt_length: int | None = setting(None, "what cut prompts keep: length - 248", 1, 1e9)
+    micro_tokens: int | None = setting(None, "tokens at a time: cpu 512, cuda <= 8192", 1, 1e9)
+    gradient_checkpointing: bool | None = setting(None, "recompute layers: if memory needs it")
+    plain_rows: bool = setting(False, "compute each prompt twice, as other trainers do")
+    device: str = setting("auto", "where the model computes", "auto", "cuda", "cpu")
+    dtype: str = setting("auto", "what to compute in", "auto", "bfloat16", "float32")
+    offload: str = setting(
+        "auto", "float32 weights and AdamW on the host; true is keep (fast) or layers (small)",
+        "auto", "true", "false", "keep", "layers")
+    plan: bool = setting(False, "say what the run needs, load no weights, and stop")
+    eval_every: int | None = setting(None, "also evaluate every so many steps", 1, 1e9)
+    save_every: int | None = setting(None, "write a checkpoint every so many steps", 1, 1e9)
+    resume: bool = setting(False, "continue from the newest checkpoint in --out")
+    seed: int = setting(42, "decides the order of the pairs and what is held out", 0, 2**63)
 # fmt: on
 
 
+def convert(name, value, kind, allowed):
+    """A setting in its type, which is kind or None, from a text, a path or any kind of number."""
+    kind, words = getattr(kind, "__args__", [kind])[0], allowed if kind is str else ()
+    words = ("true", "false") if kind is bool else words
+    try:
+        value = str(value).lower() if words else kind(str(value))
+        fits = value in words if words else not allowed or allowed[0] <= value <= allowed[1]
+    except ValueError:
+        fits = False
+    if not fits:
+        wanted = " or ".join(words) or f"{kind.__name__} from {allowed[0]:g} to {allowed[1]:g}"
+        raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+    return value == "true" if kind is bool else value
+
+
 def resolve(config: Config) -> Config:
-    """Fill in the settings that depend on the machine or on others; UserError for a wrong one."""
-    limits = dict(alpha=(-1e6, 1e6), gamma=(0, 1e6), seed=(0, 1e99))
-    limits.update(eval_split=(0, 0.99), warmup_ratio=(0, 0.99))  # the others are positive
-    for name, value in asdict(config).items():
-        low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
-        if type(value) in (int, float) and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low:g} to {high:g}")
+    """A config of the right types, with what depends on the machine filled in, or UserError."""
+    config = dataclasses.replace(config)
+    for field in dataclasses.fields(Config):
+        name, value = field.name, getattr(config, field.name)
+        if value is not None or field.default is not None:
+            setattr(config, name, convert(name, value, field.type, field.metadata["allowed"]))
     if config.data is None:
         raise UserError("--data is missing: name a file of pairs, or a preset as --model (--help)")
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    if "cuda" in (config.device, config.master_device) and not on_gpu:
-        raise UserError("--device, --master-device: cuda, but torch sees no GPU or --device is cpu")
-    config = replace(config, device="cuda" if on_gpu else "cpu")
+    if config.device == "cuda" and not on_gpu:
+        raise UserError("--device cuda: torch sees no GPU")
+    config.device = "cuda" if on_gpu else "cpu"
     config.dtype = config.dtype.replace("auto", "bfloat16" if on_gpu else "float32")
-    config.micro_tokens = config.micro_tokens or (16384 if on_gpu else 512)
-    if config.gradient_checkpointing is None:
-        config.gradient_checkpointing = on_gpu
-    room = min(248, config.max_length // 2)  # what a cut prompt leaves to its responses
-    config.max_prompt_length = config.max_prompt_length or config.max_length - room
+    if config.gradient_checkpointing is None and not on_gpu:
+        config.gradient_checkpointing = False
+    if config.max_prompt_length is None:  # a cut prompt leaves room to its responses
+        config.max_prompt_length = config.max_length - min(248, config.max_length // 2)
     if config.max_prompt_length >= config.max_length:
         raise UserError("--max-prompt-length: must be below --max-length")
     return config
 
 
-def beside(module, function, *args):
-    """Call a function of data/MODULE.py (plan, report, hub); None where this file stands alone."""
-    path = TINY.parent / f"{module}.py"
-    sys.modules.setdefault("alphapo", sys.modules[__name__])  # those files import alphapo
-    return runpy.run_path(str(path))[function](*args) if path.exists() else None
+# ------------------------------------------------------------------------------------ pairs
+MEDIA = "image", "images", "video", "videos", "audio"  # a text model sees nothing of these
+QUESTIONS = "system", "question", "instruction", "input", "query"  # where others put the prompt
+MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:.*\]\s*", re.S)
+ROLES = "system", "developer", "user", "assistant", "tool"
 
 
 @contextlib.contextmanager
 def user_error(what, remedy):
-    """Turn whatever a library raises inside into one line: what failed, why, and the remedy."""
+    """Turn what a library raises inside into one line: what failed, the remedy, its own words."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # of any kind; the first line of what it says is enough
+    except Exception as error:  # libraries raise kinds of their own
         why = getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or repr(error)
-        raise UserError(f"{what}: {why} ({remedy})") from error
+        raise UserError(f"{what}; {remedy} ({why:.300})") from error
 
 
 def load_pretrained(kind, name, **options):
     """Load a config, tokenizer or model from a folder, the hub or its cache, or raise UserError."""
-    near = difflib.get_close_matches(name, PRESETS, 1)
-    if os.path.isdir(name):
-        remedy = "a model folder holds config.json, a tokenizer and safetensors; try: git lfs pull"
-    elif near and "/" not in name:
-        remedy = f"did you mean {near[0]}? In Python: Config(**PRESETS[{near[0]!r}])"
-    else:
-        remedy = "no such folder; a hub id needs a network, a gated one a licence and hf auth login"
+    remedy = f"name a preset ({', '.join(PRESETS)}), a folder of config, tokenizer and safetensors"
+    remedy += ", or a hub id, for which a gated one needs its licence accepted and `hf auth login`"
+    if name == str(TINY):
+        remedy = "the tiny preset needs the folder data/tiny beside alphapo.py"
     with user_error(f"--model {name}: not loaded", remedy):
         return kind.from_pretrained(name, **options)
 
 
-# ------------------------------------------------------------------------------------ pairs
-Pair = namedtuple("Pair", "prompt chosen rejected place")  # token ids (int32 arrays), and file:line
-
-
-def token_counts(pairs):
-    """Tokens of prompt, chosen and rejected of each pair, (pairs, 3)."""
-    return np.array([[len(ids) for ids in pair[:3]] for pair in pairs])
-
-
-def read_rows(name):
-    """Yield (place, row) from a file or hub data set. JSON lines are bytes for parse_row."""
-    kind, place = Path(name).suffix[1:], f"{name}: row "
-    if kind == "jsonl":
-        rows, place = Path(name).read_bytes().split(b"\n"), f"{name}:"
-    elif kind == "json":
-        rows = json.loads(Path(name).read_bytes().decode("utf-8-sig"), parse_int=float)
-    elif kind == "csv":
-        rows = csv.DictReader(open(name, newline="", encoding="utf-8-sig"))
+def read_examples(name):
+    """Yield (place, example): a dict of columns, or a line of JSON, of a file or hub data set."""
+    kind, place = Path(name).suffix.lower(), f"{name}: row "
+    if kind in (".json", ".jsonl"):
+        examples = Path(name).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        if examples.lstrip().startswith(b"["):
+            examples = json.loads(examples)
+        else:  # one row a line, whatever the file is called
+            examples, place = examples.split(b"\n"), f"{name}:"
+    elif kind == ".csv":
+        csv.field_size_limit(2**31 - 1)  # characters, in place of 131,072
+        examples = csv.DictReader(open(name, newline="", encoding="utf-8-sig"), strict=True)
     else:
         import datasets  # here, because it takes seconds
 
-        if kind == "parquet":
-            rows = datasets.load_dataset(kind, data_files=name, split="train")
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
-            repository, _, split = name.partition(":")
-            rows = datasets.load_dataset(repository, split=split or "train")
+        repository, _, split = name.partition(":")
+        if kind == ".parquet":
+            examples = datasets.load_dataset("parquet", data_files=name, split="train")
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+            examples = datasets.load_dataset(repository, split=split or "train")
         else:
-            raise ValueError("neither a .jsonl, .json, .parquet or .csv file nor a hub id")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, bytes) or row.strip():  # an empty line is no row
-            yield f"{place}{number}", row
+            raise UserError(f"{name}: neither a .jsonl, .json, .parquet or .csv file nor a hub id")
+    for number, example in enumerate(examples, 1):
+        if not isinstance(example, bytes) or example.strip():  # an empty line is no row
+            yield f"{place}{number}", example
 
 
-def parse_row(row):
-    """(prompt, chosen, rejected) of a row in one of TRL's preference formats: three texts or three
-    lists of messages, where chosen and rejected begin with the prompt. A prompt of None stands for
-    what the two texts have in common. Raises an error of any kind for any other row."""
-    if isinstance(row, bytes):  # as float, because Python refuses integers of 5,000 digits
-        row = json.loads(row.decode("utf-8-sig"), parse_int=float)
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+def parse_example(example):
+    """(prompt, chosen, rejected, template options) of a row in one of TRL's preference formats.
+    Texts: the prompt or None, and both responses without it. Messages: a list, and one for each
+    response. Raises UserError where a part of the row would be lost."""
+    if not isinstance(example, dict) or None in example:  # csv puts there what is too much
+        raise UserError(f"must have the columns of the first line, not {ascii(example):.80}")
+    filled = {key for key, value in example.items() if value not in (None, "", [], {})}
+    prompt, chosen, rejected = (example.get(name) for name in ("prompt", "chosen", "rejected"))
+    if chosen is None or rejected is None:
+        raise UserError(f"needs columns 'chosen' and 'rejected', and has {ascii(sorted(filled))}")
+    if lost := filled.intersection(MEDIA):
+        raise UserError(f"{min(lost)!r} would be lost, as only text is trained; drop such rows")
     if all(isinstance(text, str) for text in (prompt or "", chosen, rejected)):
         # {"prompt": "2+2=", "chosen": "4", "rejected": "5"}, or the same without a prompt
-        return prompt, (prompt or "") + chosen, (prompt or "") + rejected
-    if isinstance(prompt, str) and chosen[0]["role"] == "assistant":
+        if lost := filled.intersection(QUESTIONS if not prompt else ["system"]):
+            raise UserError(f"{min(lost)!r} would be lost: make it the prompt, or a part of it")
+        if lost := filled.intersection(["tools", "chat_template_kwargs"]):
+            raise UserError(f"{min(lost)!r} would be lost: it needs messages, and these are texts")
+        if any(MESSAGES_AS_TEXT.fullmatch(text) for text in (prompt or "", chosen, rejected)):
+            raise UserError("a list of messages as text: write it as a list, in JSON lines")
+        repeated = prompt and chosen.startswith(prompt) and rejected.startswith(prompt)
+        start = len(prompt) if repeated and len(prompt) >= 20 else 0  # "a" may begin "apple"
+        return prompt, chosen[start:], rejected[start:], {}
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
+        raise UserError("'chosen' and 'rejected' must both be texts, or both lists of messages")
+    if isinstance(prompt, str) and len(chosen) == 1:
         # {"prompt": "Hi", "chosen": [assistant], "rejected": [assistant]}
-        prompt = [{"role": "user", "content": prompt}]
+        prompt = [dict(role="user", content=prompt)]
     elif isinstance(prompt, str | None):
         # {"chosen": [user, assistant], "rejected": [user, assistant]}; UltraFeedback has a text too
         prompt = chosen[:-1]
     # or else {"prompt": [user], "chosen": [assistant], "rejected": [assistant]}
-    sides = [x if x[: len(prompt)] == prompt else prompt + x for x in (chosen, rejected)]
-    for message in sides[0] + sides[1]:
-        if not isinstance(message["content"], str) or message.get("tool_calls"):
-            raise ValueError('the "content" of a message must be a text, without tool_calls')
-    roles = [[message["role"] for message in side[len(prompt) :]] for side in sides]
-    if not prompt or prompt[-1]["role"] == "assistant" or roles != [["assistant"], ["assistant"]]:
-        raise ValueError("must be a prompt up to the assistant's turn, then one assistant message")
-    return prompt, *sides
+    for message in [*prompt, *chosen, *rejected]:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise UserError(f"a message needs a role ({', '.join(ROLES)}): {ascii(message):.80}")
+        if not isinstance(message.get("content"), str) or message.get("tool_calls"):
+            raise UserError(f"a message needs a text as content alone: {ascii(message):.80}")
+    said = [[(m["role"], m["content"]) for m in side] for side in (prompt, chosen, rejected)]
+    rest = [side[len(prompt) :] if side[: len(prompt)] == said[0] else side for side in said[1:]]
+    roles = [role for side in rest for role, _ in side]
+    if not prompt or prompt[-1]["role"] == "assistant" or roles != ["assistant", "assistant"]:
+        raise UserError(f"needs one prompt, then one assistant message each; responses are {roles}")
+    if "system" in filled and ("system", example["system"]) not in said[0]:
+        raise UserError("'system' would be lost: make it the first message of the prompt")
+    options = example.get("chat_template_kwargs") or {}
+    options = {key: value for key, value in options.items() if value is not None}  # of Parquet
+    if "tools" in filled:
+        tools = example["tools"]
+        options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+    return prompt, chosen[-1], rejected[-1], options
 
 
-def render(prompt, chosen, rejected, tokenizer):
-    """Token ids of prompt, prompt + chosen and prompt + rejected, with one BOS at most.
-    Prompt and response are tokenized together, because tokenizers merge across the boundary."""
-    texts = [chosen if prompt is None else prompt, chosen, rejected]
-    is_chat = isinstance(chosen, list)
-    if is_chat:
-        template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-        texts = [template(prompt, add_generation_prompt=True), *map(template, texts[1:])]
-    # a template writes BOS itself or wants none
-    encoded = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded]
+def common_prefix(*sequences):
+    """How many letters or tokens at the start are the same in all sequences."""
+    return [*(len(set(items)) == 1 for items in zip(*sequences)), False].index(False)
 
 
-def end_turn(ids, tokenizer, special):
-    """Cut what follows a response's end of turn, or add EOS: (ids, whether it has content).
-    Templates write white space (ChatML) or a second special token (Phi-3) after the end of a turn,
-    and the mean over the response's tokens must not count those."""
-    end, end_of_turn = len(ids), None  # walk back to the last token that has text
-    while end and (ids[end - 1] in special or not tokenizer.decode(ids[end - 1]).strip()):
-        end -= 1
-        end_of_turn = end if ids[end] in special else end_of_turn
-    if end_of_turn is not None:
-        return ids[: end_of_turn + 1], end > 0
-    eos = tokenizer.eos_token_id
-    return ids if eos is None else [*ids, eos], end > 0
+def render(tokenizer, prompt, responses, options):
+    """Text of the prompt, texts of prompt and response, and what follows a response in them.
+    Templates move or drop a part of the prompt once a response follows, drop a part of that, or
+    write a header behind it: this is checked, and UserError shows what is lost. The text of a
+    special token in a message becomes that token, as it does at inference."""
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer of --model has no chat template: pass texts, or give it one")
+    template = functools.partial(tokenizer.apply_chat_template, tokenize=False, **options)
+    begin, mark = template(prompt, add_generation_prompt=True), "\ue000"  # for private use
+    after = template([*prompt, responses[0] | {"content": mark}]).rpartition(mark)[2]
+    whole = [template([*prompt, response]) for response in responses]
+    bare = functools.partial(re.sub, r"\s", "")  # templates strip and add white space
+    lost = [m["content"] for m in prompt if bare(m["content"]) not in bare(begin)]
+    if options.get("tools") and begin == template(prompt, add_generation_prompt=True, tools=None):
+        lost.append("tools")
+    for text, response in zip(whole, responses):
+        same = common_prefix(begin.rstrip(), text)
+        middle = bare(text[same : len(text) - len(after)])
+        if same < len(begin.rstrip()):
+            lost.append(begin[same:])
+        elif not text.endswith(after) or not middle.endswith(bare(response["content"])):
+            lost.append(response["content"])
+    if lost:
+        remedy = "mend the row, or render it yourself into texts: prompt, chosen, rejected"
+        raise UserError(f"the chat template loses or moves {lost[0]!r:.100}; {remedy}")
+    return begin, whole, after
 
 
-def encode_row(row, tokenizer, special, config, notes):
-    """Token ids (prompt, chosen, rejected) of a data row, or None, noted, where it cannot teach.
-    Where a pair is too long, the prompt loses its beginning, then the responses lose their ends."""
-    prompt, chosen, rejected = parse_row(row)
-    encoded = render(prompt, chosen, rejected, tokenizer)
-    shared = len(os.path.commonprefix(encoded))  # not of paths alone
-    if prompt is None:  # each response keeps one token at least
-        shared = min(shared, len(encoded[1]) - 1, len(encoded[2]) - 1)
-    prompt = encoded[0][:shared]
-    chosen, chosen_speaks = end_turn(encoded[1][shared:], tokenizer, special)
-    rejected, rejected_speaks = end_turn(encoded[2][shared:], tokenizer, special)
-    if not (prompt and chosen_speaks and rejected_speaks):
-        notes["pairs dropped for an empty prompt or response"] += 1
+def tokenize(tokenizer, endings, text, after):
+    """Token ids of prompt and response up to the end of its turn: the first token behind at which
+    the model stops, else the first special one, else EOS. after: the text behind the response, or
+    None in a text, which may hold the end of its turn itself."""
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, end = encoding["input_ids"], len(encoding["input_ids"])
+    if after is not None:  # normalizers move the ends of tokens, and not where they start
+        end = sum(start < len(text) - len(after) for start, _ in encoding["offset_mapping"])
+    elif special := endings[1].intersection(ids):
+        while end and (ids[end - 1] in special or not tokenizer.decode(ids[end - 1]).strip()):
+            end -= 1
+    found = [i for kind in endings for i in range(end, len(ids)) if ids[i] in kind]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return ids[: found[0] + 1] if found else (ids if after is None else ids[:end]) + eos
+
+
+def encode(example, tokenizer, endings, config, notes):
+    """Token ids (prompt, chosen, rejected) of a row, or None, noted, where it cannot teach.
+    Prompt and response are tokenized together, because tokenizers merge across the boundary. Where
+    a pair is too long, the prompt loses its beginning, then the responses lose their ends."""
+    prompt, *responses, options = parse_example(example)
+    if isinstance(prompt, list):
+        begin, texts, after = render(tokenizer, prompt, responses, options)
+        responses = [message["content"] for message in responses]
+    else:
+        begin, after, texts = prompt, None, [(prompt or "") + response for response in responses]
+    encoded = [tokenize(tokenizer, endings, text, after) for text in texts]
+    if begin is not None:
+        encoded.append(tokenizer(begin, add_special_tokens=False)["input_ids"])
+    bos = [tokenizer.bos_token_id]
+    if after is None and tokenizer("")["input_ids"][:1] == bos:  # a template writes it itself
+        encoded = [ids if ids[:1] == bos else bos + ids for ids in encoded]
+    shared = min(common_prefix(*encoded), len(encoded[0]) - 1, len(encoded[1]) - 1)
+    prompt, chosen, rejected = encoded[0][:shared], encoded[0][shared:], encoded[1][shared:]
+    for side, text, ids in zip(("chosen", "rejected"), responses, (chosen, rejected)):
+        if not text.strip() or endings[1].issuperset(ids):
+            notes[f"pairs dropped, because {side} is empty"] += 1
+            return None
+    if not prompt:
+        notes["pairs dropped, because the prompt is empty"] += 1
         return None
-    if not {chosen[-1], rejected[-1]} <= special:
-        notes["pairs without an end of turn, because the tokenizer has no EOS token"] += 1
-    longest, prompt_limit = max(len(chosen), len(rejected)), config.max_prompt_length
-    if len(prompt) + longest > config.max_length and len(prompt) > prompt_limit:
+    endless = not endings[1].issuperset([chosen[-1], rejected[-1]])
+    notes["pairs without an end of turn, because the tokenizer has no EOS token"] += endless
+    longest = max(len(chosen), len(rejected))
+    if len(prompt) > max(config.max_length - longest, config.max_prompt_length):
         notes["prompts truncated"] += 1
-        bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
-        prompt = bos + prompt[len(prompt) - prompt_limit + len(bos) :]
+        bos = bos if prompt[:1] == bos else []
+        prompt = bos + prompt[len(prompt) - config.max_prompt_length + len(bos) :]
     room = config.max_length - len(prompt)
-    if longest > room:
-        notes["pairs with a response truncated"] += 1
+    notes["pairs with a response truncated"] += longest > room
     if chosen[:room] == rejected[:room]:
-        notes["pairs dropped for equal responses"] += 1
+        notes["pairs dropped, because the responses are equal"] += 1
         return None
     return [np.array(ids, np.int32) for ids in (prompt, chosen[:room], rejected[:room])]
 
 
-def load_pairs(name, tokenizer, config):
-    """(list of Pair, Counter of what was dropped or truncated), or UserError with the bad rows."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)  # what may end a turn
-    special -= {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # unknown words are text
-    pairs, notes, errors = [], Counter(), []
+def load_pairs(name, tokenizer, endings, config):
+    """(list of Pair, Counter of what was dropped or cut, SHA-256 of the rows as they were read), or
+    UserError with the reasons for which rows are refused."""
+    pairs, notes, refused, digest = [], Counter(), {}, hashlib.sha256()
     with user_error(f"{name}: not loaded", "name a file of pairs, or a hub data set within reach"):
-        rows = tqdm(read_rows(name), f"reading {name}", leave=False, disable=RANK > 0 or None)
-        for place, row in rows:
+        for place, example in tqdm(read_examples(name), name, leave=False, disable=None):
             try:
-                if ids := encode_row(row, tokenizer, special, config, notes):
+                example = json.loads(example) if isinstance(example, bytes) else example
+                digest.update(json.dumps(example, sort_keys=True, default=str).encode())
+                if ids := encode(example, tokenizer, endings, config, notes):
                     pairs.append(Pair(*ids, place))
-            except Exception as error:  # JSON, templates and tokenizers raise kinds of their own
-                errors.append(f"{place}: not a pair of texts or messages: {error!r:.200}")
-    if errors:
-        raise UserError("\n".join(errors[:10]) + f" ({len(errors)} bad rows; see README.md)")
+            except UserError as error:
+                refused.setdefault(str(error), []).append(place)
+            except Exception as error:  # of JSON, of a template, or what nobody foresaw
+                reason = f"not understood: {type(error).__name__}: {error!s:.200}"
+                refused.setdefault(reason, []).append(place)
+    if refused:
+        lines = [f"{places[0]}: {reason}" for reason, places in refused.items()]
+        count = sum(map(len, refused.values()))
+        raise UserError("\n".join(lines[:10]) + f" (rows refused: {count}; see README.md)")
     if not pairs:
-        raise UserError(f"{name}: has no usable pair: {dict(notes) or 'it is empty'}")
-    return pairs, notes
+        raise UserError(f"{name}: has no usable pair: {dict(+notes) or 'it is empty'}")
+    return pairs, +notes, digest.hexdigest()  # without the notes that count nothing
 
 
 def load_data(config):
-    """(tokenizer, pairs to train on, held-out pairs, notes); UserError where none is left."""
-    beside("hub", "ask_hub", config)
+    """(tokenizer, pairs to train on, held-out pairs, notes, digests of what pairs come from)."""
     tokenizer = load_pretrained(AutoTokenizer, config.model)
-    pairs, notes = load_pairs(config.data, tokenizer, config)
+    if not tokenizer.is_fast:
+        raise UserError(f"--model {config.model}: its tokenizer has no offsets; add tokenizer.json")
+    stops, special = {tokenizer.eos_token_id}, set(tokenizer.all_special_ids)
+    with contextlib.suppress(OSError):  # not every model has a generation_config.json
+        eos = GenerationConfig.from_pretrained(config.model).eos_token_id
+        stops.update(eos if isinstance(eos, list) else [eos])
+    special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    special.discard(tokenizer.unk_token_id)  # unknown words are text
+    endings = stops - {None}, (special | stops) - {None}
+    pairs, notes, rows = load_pairs(config.data, tokenizer, endings, config)
     print("the first pair as the model sees it:")
     for part, ids in zip(Pair._fields, pairs[0][:3]):
         text = repr(tokenizer.decode(ids))
         print(f"  {part:9}{text if len(text) < 87 else f'{text[:41]} ... {text[-41:]}'}")
     pairs = [pairs[i] for i in np.random.default_rng(config.seed).permutation(len(pairs))]
     held_out = 0 if config.eval_data else math.ceil(config.eval_split * (len(pairs) - 1))
-    eval_pairs, pairs = pairs[:held_out], pairs[held_out:]
+    eval_pairs, pairs, eval_rows = pairs[:held_out], pairs[held_out:], None
     if config.eval_data:
-        eval_pairs, eval_notes = load_pairs(config.eval_data, tokenizer, config)
-        notes += eval_notes
+        eval_pairs, more, eval_rows = load_pairs(config.eval_data, tokenizer, endings, config)
+        notes += more
     print(f"{len(pairs)} pairs to train on, {len(eval_pairs)} held out")
-    for what, count in notes.items():
-        print(f"note: {count} {what}")
-    return tokenizer, pairs, eval_pairs, notes
+    print("".join(f"note: {count} {what}\n" for what, count in notes.items()), end="")
+    source = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    digests = dict(rows=rows, eval_rows=eval_rows)
+    digests["tokenizer"] = hashlib.sha256(source.encode()).hexdigest()
+    return tokenizer, pairs, eval_pairs, notes, digests
 
 
 # ------------------------------------------------------------------------------------ the model
-def load_model(name, checkpointing=False):
-    """A causal language model in float32 on the CPU, with every dropout off. UserError where files
-    and config disagree, because transformers would make up the weights that are missing."""
+def make_skeleton(name):
+    """The model on the meta device: its modules and shapes without weights, or UserError."""
     config = load_pretrained(AutoConfig, name)
-    for part in (config, config.get_text_config()):
-        for key, value in vars(part).items():
-            if "drop" in key and isinstance(value, float):
-                setattr(part, key, 0.0)
-    options = dict(config=config, dtype=torch.float32, use_safetensors=True)
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"--model {name}: is quantized; name its bfloat16 or float32 version")
+    with user_error(f"--model {name}", "choose a causal language model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def load_model(name):
+    """The model in float32 on the CPU, in eval mode, where neither dropout nor routers add noise.
+    UserError where files and config disagree: transformers would make up missing weights."""
+    if os.path.exists(os.path.join(name, "adapter_config.json")):
+        remedy = "merge it into the weights, or remove adapter_config.json if it is merged"
+        raise UserError(f"--model {name}: holds an adapter beside its weights; {remedy}")
+    options = dict(dtype=torch.float32, use_safetensors=True)
     options.update(ignore_mismatched_sizes=True, output_loading_info=True)  # refused below
     model, report = load_pretrained(AutoModelForCausalLM, name, **options)
     for kind, keys in report.items():
         if keys:
             what = f"{len(keys)} {kind.replace('_', ' ')}, such as {min(map(str, keys))}"
             raise UserError(f"--model {name}: {what}; download config and weights again")
-    embedding = model.get_input_embeddings()
-    # a tied weight's gradient is dense, from the projection; the lookup adds a few rows, sparse
-    embedding.sparse = model.get_output_embeddings().weight is embedding.weight
-    if checkpointing:
-        old = model.gradient_checkpointing_enable  # renamed in transformers 5.18
-        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-    return model.train(checkpointing)  # layers are recomputed in training mode only
+    return model.eval()
 
 
-# -------------------------------------------------------------------- rows and log-probabilities
-@dataclass
-class Rows:
-    """A micro-batch of pairs as padded token rows, and where their response tokens are."""
-
-    input_ids: torch.Tensor  # (rows, time)
-    position_ids: torch.Tensor  # (rows, time): rejected starts again where chosen started
-    segments: torch.Tensor  # (rows, time): 0 prompt, 1 chosen, 2 rejected, -1 padding
-    sources: torch.Tensor  # (tokens,): row * width + time of what predicts each response token
-    targets: torch.Tensor  # (tokens,): response tokens, pair by pair, chosen before rejected
-    lengths: list[int]  # (2 * pairs,): tokens of each response
-    plain: bool  # two rows [prompt | chosen] and [prompt | rejected] per pair instead of one
-
-
-def row_tokens(pairs, plain):
-    """Tokens that the rows of each pair take before padding to a micro-batch's width, (pairs,)."""
-    prompt, chosen, rejected = token_counts(pairs).T
-    return 2 * (prompt + np.maximum(chosen, rejected)) if plain else prompt + chosen + rejected
-
-
-def make_rows(pairs, plain=False, device="cpu") -> Rows:
-    """Lay out pairs (prompt, chosen, rejected: arrays of token ids) as rows on a device: a shared
-    row [prompt | chosen | rejected] each, or two plain rows that repeat the prompt."""
-    layouts = []  # per row: its parts as (segment, token ids), the prompt first
-    for prompt, chosen, rejected, *_ in pairs:
-        parts = [(0, prompt), (1, chosen), (2, rejected)]
-        layouts += [[parts[0], parts[1]], [parts[0], parts[2]]] if plain else [parts]
-    width = max(sum(len(ids) for _, ids in parts) for parts in layouts)
-    width = math.ceil(width / 8) * 8  # on CUDA, attention copies a mask of any other width
-    input_ids, position_ids = np.zeros((2, len(layouts), width), np.int64)
-    segments, sources, targets = np.full((len(layouts), width), -1), [], []
-    for row, parts in enumerate(layouts):
-        end, prompt_end = 0, len(parts[0][1])
-        for segment, ids in parts:
-            start, end = end, end + len(ids)
-            input_ids[row, start:end], segments[row, start:end] = ids, segment
-            position_ids[row, start:end] = np.arange(len(ids)) + (prompt_end if segment else 0)
-            if segment:  # the last token of the prompt predicts the first of either response
-                sources.append(row * width + np.append(prompt_end - 1, np.arange(start, end - 1)))
-                targets.append(ids.astype(np.int64))
-    arrays = input_ids, position_ids, segments, np.concatenate(sources), np.concatenate(targets)
-    tensors = map(torch.from_numpy, arrays)
-    if device == "cuda":  # out of pinned memory, the copy does not wait
-        tensors = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
-    return Rows(*tensors, [len(ids) for ids in targets], plain)
-
-
-def attention_masks(config, rows, dtype):
-    """Mask of shared rows, (rows, 1, time, time), or one for each kind of layer that config names.
-    A token sees the prompt and its own response, up to itself and within the layer's window. Raises
-    KeyError where a layer is not attention over the row."""
-    query, key = rows.segments[:, :, None], rows.segments[:, None, :]
-    seen = ((key == query) | (key == 0)).tril()
-    distance = rows.position_ids[:, :, None] - rows.position_ids[:, None, :]
-
-    def additive(window):
-        # eager attention adds the mask to the scores, so a bool mask would be silently wrong
-        masked = ~seen if window is None else ~(seen & (distance < window))
-        mask = torch.zeros(masked.shape, dtype=dtype, device=masked.device)
-        return mask.masked_fill_(masked, torch.finfo(dtype).min)[:, None]
-
-    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
-    masks = {kind: additive(windows[kind]) for kind in getattr(config, "layer_types", None) or ()}
-    return masks or additive(windows["sliding_attention"])
-
-
-class ProjectedLogps(torch.autograd.Function):
-    """Log-probabilities of target tokens from hidden states, a chunk of logits at a time. The last
-    is kept for backward(), which computes the rest again. tied: the lookup has the same weight."""
-
-    # logits per chunk; larger on CUDA, where reading the projection again for each costs more
-    chunk = {"cpu": 2**24, "cuda": 2**28, "meta": 2**28}
-
-    @staticmethod
-    def project(hidden, weight, softcap):
-        logits = (hidden @ weight.T).float()
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, tied=False):
-        """hidden (tokens, width), weight (vocabulary, width), targets (tokens,) -> (tokens,)."""
-        ctx.softcap, ctx.leaf = softcap, weight if tied else None
-        ctx.tokens = tokens = max(1, ProjectedLogps.chunk[hidden.device.type] // len(weight))
-        normalizers, logps = [], []
-        for h, t in zip(hidden.split(tokens), targets.split(tokens)):
-            logits = None  # frees the chunk before
-            logits = ProjectedLogps.project(h, weight, softcap)
-            normalizers.append(logits.logsumexp(1))
-            logps.append(logits.gather(1, t[:, None])[:, 0] - normalizers[-1])
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalizers), logits)
-        return torch.cat(logps)
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, targets, normalizers, logits = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), None
-        chunks = [x.split(ctx.tokens) for x in (hidden, grad_hidden, targets, normalizers, grad)]
-        for h, grad_h, t, normalizer, g in reversed(list(zip(*chunks))):
-            if logits is None:
-                logits = ProjectedLogps.project(h, weight, ctx.softcap)
-            slope = 1.0 if ctx.softcap is None else 1.0 - (logits / ctx.softcap) ** 2
-            # d logp / d logits = onehot(target) - softmax(logits)
-            grad_logits = logits.sub_(normalizer[:, None]).exp_().mul_(-g[:, None])
-            grad_logits.scatter_add_(1, t[:, None], g[:, None])
-            grad_logits = grad_logits.mul_(slope).to(h.dtype)
-            torch.mm(grad_logits, weight, out=grad_h)
-            logits = None
-            product = (grad_logits.T @ h).float()  # float32, because the chunks are summed
-            grad_weight = product if grad_weight is None else grad_weight.add_(product)
-        grad_weight = grad_weight.to(weight.dtype)
-        if ctx.leaf is not None and ctx.leaf.grad is None:  # torch would copy what is returned
-            ctx.leaf.grad, grad_weight = grad_weight, None  # to add the few rows of the lookup
-        return grad_hidden, grad_weight, None, None, None
-
-
-def pair_logps(model, rows: Rows):
-    """Mean log-probability per token (nats) in float32: (chosen_logps, rejected_logps), (pairs,).
-    Shared rows run through the decoder under attention_masks, and only response tokens are
-    projected onto the vocabulary. Plain rows run through the model's own forward pass. Raises
-    NotImplementedError where shared rows do not cover a part of the model."""
-    inputs = dict(input_ids=rows.input_ids, use_cache=False)
-    if rows.plain:
-        logits = model(**inputs, attention_mask=(rows.segments >= 0).long()).logits
-        logits = logits.flatten(0, 1)[rows.sources].float()
-        logps = logits.gather(1, rows.targets[:, None])[:, 0] - logits.logsumexp(1)
-    else:
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        config = model.config.get_text_config()
-        if getattr(head, "bias", None) is not None:
-            raise NotImplementedError("its projection has a bias")
-        masks = attention_masks(config, rows, embedding.weight.dtype)
-        output = model.base_model(**inputs, position_ids=rows.position_ids, attention_mask=masks)
-        hidden = output[0].flatten(0, 1)[rows.sources]
-        softcap = getattr(config, "final_logit_softcapping", None)
-        logps = ProjectedLogps.apply(hidden, head.weight, rows.targets, softcap, embedding.sparse)
-    means = [response.mean() for response in logps.split(rows.lengths)]
-    return torch.stack(means[0::2]), torch.stack(means[1::2])
+def masks_agree(config, pair):
+    """Whether attention_masks of a plain row are those that transformers makes."""
+    n = len(pair.prompt) + len(pair.chosen) - 1
+    _, position_ids, segments, _ = make_rows([pair], plain_rows=True)
+    ours = attention_masks(config, position_ids[:1, :n], segments[:1, :n], torch.float32)
+    theirs = create_masks_for_generate(config, torch.zeros(1, n, 1), None, None)
+    if not isinstance(ours, dict):
+        ours, theirs = {"": ours}, {"": theirs}
+    causal = torch.ones(1, 1, n, n, dtype=torch.bool).tril()  # for which transformers has None
+    theirs = [causal if theirs[kind] is None else theirs[kind] for kind in ours]
+    theirs = [mask if mask.dtype == torch.bool else mask == 0 for mask in theirs]
+    return all(torch.equal(mask == 0, other) for mask, other in zip(ours.values(), theirs))
 
 
 @torch.no_grad()
-def check_model(model, pair):
-    """Compare shared rows with the model's own forward pass, on one pair and in float32.
-    Returns (None or why shared rows are wrong here, plain log-probabilities (2,)). They differ by
-    5e-7 if right, 1e-3 if layers recur or it scales logits. UserError: not causal or not finite."""
-    tokens = torch.from_numpy(np.append(*pair[:2]).astype(np.int64))[None]
-    whole = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-    cut = model(input_ids=tokens[:, :-1], use_cache=False).logits[0]
-    plain = torch.stack(pair_logps(model, make_rows([pair], plain=True)))[:, 0]
+def check_model(model, pairs):
+    """(why shared rows are wrong for this model or None, a short pair, its logps in plain rows)
+    in float32: short, since 7B takes its time on a CPU. UserError where figures are not finite, or
+    where a later token changes what stands before it."""
+    device, config = next(model.parameters()).device, model.config.get_text_config()
+    longest = max(pairs, key=lambda pair: pair_tokens(pair, plain_rows=False))
+    short = Pair(longest.prompt[-256:], longest.chosen[:128], longest.rejected[:128])
+    ids = torch.from_numpy(np.append(short.prompt, short.chosen)).long()[None].to(device)
+    changed = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % config.vocab_size], 1)
+    with user_error("--model", "its forward pass must take logits_to_keep, as most do"):
+        plain = torch.cat(pair_logps(model, [short], plain_rows=True, device=device)).cpu()
+        logits, others = (model(x, use_cache=False).logits[:, :-1] for x in (ids, changed))
     if not plain.isfinite().all():
         raise UserError("--model: its log-probabilities are not finite; download the weights again")
-    if (whole - cut).abs().max() > 1e-3 * cut.abs().max():
+    if (logits - others).abs().max() > 1e-5 * logits.abs().max():
         raise UserError("--model: its tokens see later ones; choose a causal language model")
     try:
-        shared = torch.stack(pair_logps(model, make_rows([pair])))[:, 0]
-    except (NotImplementedError, AttributeError, KeyError, TypeError, ValueError) as error:
-        return repr(error), plain
-    difference, bound = (shared - plain).abs().max().item(), 1e-4 * max(1.0, plain.abs().max())
-    return (None if difference <= bound else f"they are off by {difference:.1e}"), plain
+        shared = torch.cat(pair_logps(model, [short], device=device)).cpu()
+        error = (shared - plain).abs().max() / max(1, plain.abs().max())
+        # 5e-7 where shared rows are right, 1e-3 where layers keep a state
+        right = error < 1e-4 and masks_agree(config, longest)  # a short pair is blind to windows
+        reason = None if right else f"they are off by {error:.1e}, or have another window"
+    except Exception as error:  # models of other kinds raise errors of their own
+        reason = repr(error)
+    return reason, short, plain
 
 
-# ------------------------------------------------------------------------------------ gradients
-METRICS = ["loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
-METRICS += ["logps/chosen", "logps/rejected"]
+def layers_of(model):
+    """The decoder's layers, which have more parameters than a vision tower or a list of experts."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=[])
 
 
-def micro_batches(tokens, order, micro_tokens):
-    """Split indices, which come longest first, into lists that take at most micro_tokens tokens
-    when padded (a longer row is a list by itself). tokens: maps an index to its row's tokens."""
-    batches = []
-    for i in order:
-        if batches and (len(batches[-1]) + 1) * tokens[batches[-1][0]] <= micro_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
-def run_pairs(model, pairs, indices, loss_fn, config, train=False):
-    """Mean metrics over the pairs at these indices; to train, add up gradients of their mean loss.
-    Every loss is divided by the number of all pairs, so the size of micro-batches and the number of
-    processes do not matter. FloatingPointError names pairs whose loss is not finite."""
-    tokens = dict(zip(indices, row_tokens([pairs[i] for i in indices], config.plain_rows)))
-    order = sorted(indices, key=lambda i: -tokens[i])
-    share = order[RANK::WORLD_SIZE]
-    figures = [torch.zeros(len(METRICS), 0, dtype=torch.float64, device=config.device)]
-    for batch in micro_batches(tokens, share, config.micro_tokens):
-        rows = make_rows([pairs[i] for i in batch], config.plain_rows, config.device)
-        with torch.set_grad_enabled(train):
-            chosen, rejected = pair_logps(model, rows)
-            losses, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected, pairs, batch)
-        if train:
-            (losses.sum() / len(order)).backward()
-        margins = chosen_rewards - rejected_rewards
-        values = losses, chosen_rewards, rejected_rewards, margins, margins > 0, chosen, rejected
-        figures.append(torch.stack([value.detach().double() for value in values]))
-    figures = torch.cat(figures, 1)  # (metrics, pairs of this process, which may be none)
-    sums = figures.sum(1)
+def shard(whole, skeleton, config, pin_memory):
+    """The model to train. FSDP2 keeps float32 weights and gradients and computes in config.dtype;
+    one process in float32 on a CPU needs no engine. whole: the loaded model on the first process,
+    None on the others, which receive their shards into the skeleton."""
+    model, on_host = whole if WORLD_SIZE == 1 else skeleton, config.offload in ("keep", "layers")
+    if config.gradient_checkpointing:
+        for layer in layers_of(model):  # not by training mode, which would turn dropout on
+            options = dict(use_reentrant=False, preserve_rng_state=False)
+            layer.forward = functools.partial(checkpoint, layer.forward, **options)
+    if (config.device, config.dtype, WORLD_SIZE, on_host) == ("cpu", "float32", 1, False):
+        return model
+    dtypes = MixedPrecisionPolicy(getattr(torch, config.dtype), reduce_dtype=torch.float32)
+    options = dict(mesh=dist.init_device_mesh(config.device, (WORLD_SIZE,)), mp_policy=dtypes)
+    if on_host:
+        options.update(offload_policy=CPUOffloadPolicy(pin_memory=pin_memory))
+    for module in [*layers_of(model), model]:
+        kept = config.offload == "keep" or module is model
+        fully_shard(module, reshard_after_forward=not kept, **options)
+        module.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by all pairs
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other (pytorch issue 190747)
     if WORLD_SIZE > 1:
-        dist.all_reduce(sums)
-    means = dict(zip(METRICS, (sums / len(order)).tolist()))  # the only wait for the device
-    if not math.isfinite(means["loss"]):
-        bad = [pairs[i].place for i, loss in zip(share, figures[0]) if not loss.isfinite()]
-        where = ", ".join(bad[:10]) or "pairs of another process"
-        raise FloatingPointError(f"the loss is not finite, at {where}")
-    return means
+        model.to_empty(device="cpu" if on_host else config.device)
+        weights = whole.state_dict() if whole else {}
+        how = state_dicts.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        state_dicts.set_model_state_dict(model, weights, options=how)
+        for path, module in model.named_modules():  # rotary tables are in no state dict
+            for name, buffer in module.named_buffers(recurse=False):
+                if whole:
+                    buffer.copy_(whole.get_submodule(path).get_buffer(name))
+                dist.broadcast(buffer, 0)
+                setattr(module, name, buffer.to(config.device))
+    return model
+
+
+def make_optimizer(model):
+    """(AdamW, every tensor that a run needs to go on, by name), before any forward pass, since FSDP
+    may show other parameters after it. Weights are float32: at a rate of 1e-6 an update is about
+    1e-6, and bfloat16 numbers near 0.02 lie 1e-4 apart."""
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    tensors = {}
+    for name, param in model.named_parameters():
+        moments = {key: torch.zeros_like(param) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[param] = moments | dict(step=torch.zeros((), device=param.device))
+        tensors[name] = param.detach()
+        tensors |= {f"{name}.{key}": tensor for key, tensor in optimizer.state[param].items()}
+    return optimizer, tensors
+
+
+# ------------------------------------------------------------------------------------ the plan
+GIB = 2**30
+
+
+def activation_memory(model, config, pairs, micro_tokens):
+    """GiB that a micro-batch takes beside the weights, at most. An estimate, fitted to what layers
+    of Llama, Mistral and Gemma-2 keep for the backward pass."""
+    text, item = model.config.get_text_config(), 2 if config.dtype == "bfloat16" else 4
+    rows = [pair_tokens(pair, config.plain_rows) for pair in pairs]
+    longest = max(rows) // (1 + config.plain_rows)
+    tokens = min(max(micro_tokens, max(rows)), config.batch_size * max(rows))
+    responses = max((len(p.chosen) + len(p.rejected)) / row for p, row in zip(pairs, rows))
+    logits = tokens * (12 * responses * text.vocab_size + 4 * item * text.hidden_size)
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    scores = 0
+    if model.config._attn_implementation == "eager":  # it keeps the scores of every head
+        scores = 15 * tokens * text.num_attention_heads * longest
+    kept = tokens * item * (16 * text.hidden_size + 4 * inner) + scores  # by a layer
+    kept = kept * text.num_hidden_layers + logits
+    if config.gradient_checkpointing:
+        layer = tokens * item * (14 * text.hidden_size + 6 * inner) + scores  # in its backward pass
+        kept = tokens * item * text.hidden_size * text.num_hidden_layers + max(layer, logits)
+    return (kept + (0 if config.plain_rows else 3 * item * tokens * longest)) / GIB
+
+
+def free_memory(device):
+    """GiB that a run may take: a GPU loses 5 % to fragmentation, and a container has a limit."""
+    if device == "cuda":
+        return 0.95 * torch.cuda.mem_get_info()[0] / GIB
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB]
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it says "max"
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) / GIB)
+    return min(sizes)
+
+
+def peak_memory(config):
+    """GiB that this process took at most, on the GPU or on a machine without one."""
+    if config.device == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def find_place(config, model, pairs):
+    """How a run is placed: the first way that fits this machine, or the last, as a dict of the
+    settings offload, micro_tokens and gradient_checkpointing, of pin_memory, and of what it takes.
+
+    A parameter takes 16 bytes in float32 (weight, gradient, two moments) over all processes. The
+    device also holds the copies to compute with, and with "keep" the sums of gradients; with
+    "layers", three layers at a time. Pinned memory comes in blocks of powers of two."""
+    on_gpu, layers = config.device == "cuda", layers_of(model)
+    count, item = model.num_parameters() / GIB, 2 if config.dtype == "bfloat16" else 4
+    inside = sum(p.numel() for layer in layers for p in layer.parameters()) / GIB
+    at_a_time = count - inside * (1 - 3 / max(3, len(layers)))
+    shards = [4 * p.numel() / WORLD_SIZE for p in model.parameters()]
+    blocks = sum(2 ** math.ceil(math.log2(shard)) for shard in shards) / GIB
+    most = 2**29 // model.config.get_text_config().vocab_size if on_gpu else 512
+    # on an H100, a 7B step of 4096 tokens without recomputing beats one of 8192 with it by 12 %
+    sizes = [(False, min(4096, most)), (True, min(8192, most))]
+    ways = [(where, pin, *size) for where in ("false", "keep") for pin in (1, 0) for size in sizes]
+    recompute = config.gradient_checkpointing is not False
+    ways += [("layers", pin, recompute, 2**n) for n in range(15, 8, -1) for pin in (1, 0)]
+    wanted = dict(auto=["false"] + ["keep", "layers"] * on_gpu, true=["keep", "layers"])
+    wanted = wanted.get(config.offload, [config.offload])
+    for offload, pin, recompute, micro_tokens in ways:
+        if offload not in wanted or config.gradient_checkpointing not in (None, recompute):
+            continue
+        micro_tokens, pin = config.micro_tokens or micro_tokens, bool(pin and on_gpu)
+        tried = dataclasses.replace(config, gradient_checkpointing=recompute)
+        device, host = activation_memory(model, tried, pairs, micro_tokens), 0.5  # Python's own
+        if offload == "false":
+            device += (16 / WORLD_SIZE + (2 if item == 2 else 0)) * count
+        else:
+            device += (item + 4) * count if offload == "keep" else 12 * at_a_time
+            host += 2 * blocks + 8 * count / WORLD_SIZE if pin else 16 * count / WORLD_SIZE
+        host = int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1)) * (host if on_gpu else host + device)
+        fits = host < free_memory("cpu") and (not on_gpu or device < free_memory("cuda"))
+        if fits:
+            break
+    place = dict(offload=offload, micro_tokens=micro_tokens, gradient_checkpointing=recompute)
+    device = device if on_gpu else 0.0
+    return place | dict(pin_memory=pin, device_gib=device, host_gib=host, fits=fits)
+
+
+def check_lengths(config, text, pairs):
+    """UserError where pairs are longer than the model's figures are right for. text: its config."""
+    longest = max(len(pair.prompt) + max(map(len, pair[1:3])) for pair in pairs)
+    limits = [getattr(text, "max_position_embeddings", None) or longest + 7]
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in [ropes, *(part for part in ropes.values() if isinstance(part, dict))]:
+        if rope.get("rope_type") in ("dynamic", "longrope"):  # a long row would turn a short one
+            limits.append(rope.get("original_max_position_embeddings") or limits[0])
+    limit = min(limits) // 8 * 8  # as rows are padded
+    if longest > limit:
+        what = f"a pair takes {longest} positions, and figures are right up to {limit}"
+        raise UserError(f"--model {config.model}: {what}; pass --max-length {limit}")
+    if max(ids.max() for pair in pairs for ids in pair[:3]) >= text.vocab_size:
+        raise UserError(f"--model {config.model}: the tokenizer has ids beyond the embedding")
+
+
+def make_plan(config, model, pairs, eval_pairs):
+    """Print and return what a run takes, or UserError where, but for --plan, it does not fit."""
+    everything, count, free = [*pairs, *eval_pairs], model.num_parameters(), free_memory("cpu")
+    check_lengths(config, model.config.get_text_config(), everything)
+    steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
+    steps = min(config.max_steps or math.inf, steps_per_epoch * config.epochs)
+    tokens = sum(len(ids) for pair in pairs for ids in pair[:3]) * steps // steps_per_epoch
+    # the model takes 2 bytes a parameter, a checkpoint 12, and three exist for a moment
+    disk = (2 + (36 if config.save_every else 0)) * count / GIB
+    parent = next(path for path in Path(config.out).absolute().parents if path.exists())
+    room, ratio = shutil.disk_usage(parent).free / GIB, config.gamma / config.beta
+    plan = find_place(config, model, everything)
+    memory = f"{plan['host_gib']:.2f} of {free:.2f} GiB on the host"
+    if config.device == "cuda":
+        memory += f", {plan['device_gib']:.2f} of {free_memory('cuda'):.2f} on each GPU"
+    print(f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g} (/beta {ratio:g})")
+    print(f"{count / 1e6:,.1f} M parameters in {config.dtype} on {WORLD_SIZE} x {config.device}")
+    print(f"{tokens:,} tokens in {steps} steps of {config.batch_size} pairs")
+    print(f"memory: {memory} (--offload {plan['offload']})")
+    print(f"disk: {disk:.2f} of {room:.2f} GiB, and {12 * count / GIB:.2f} to save after a signal")
+    if not plan["fits"] and not config.plan:
+        remedy = "lower --micro-tokens, use more GPUs or a smaller model"
+        raise UserError(f"--model {config.model}: does not fit in this machine's memory; {remedy}")
+    if disk > room and not config.plan and not config.resume:
+        raise UserError(f"--out {config.out}: the disk has no room for {disk:.2f} GiB")
+    plan.update(parameters=count, steps=steps, steps_per_epoch=steps_per_epoch, tokens=tokens)
+    return plan
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+MAY_CHANGE = "data eval_data out learning_rate device micro_tokens gradient_checkpointing offload "
+MAY_CHANGE = (MAY_CHANGE + "eval_every save_every resume").split()  # in a run that is resumed
+
+
+def checkpoints(out):
+    """The folders checkpoint-STEP in out, newest first."""
+    folders = [path for path in Path(out).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def claim(config, on_exit):
+    """Make --out, and lock it until the run ends. UserError where it holds anything but a run to
+    resume: nothing is ever overwritten that this run did not write."""
+    out, number = Path(config.out), 2
+    while os.path.lexists(f"{out}-{number}"):
+        number += 1
+    other = f"pass --out {out}-{number}"
+    with user_error(f"--out {out}", f"another run may be writing there; {other}"):
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
+        on_exit.callback(os.close, folder)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        on_exit.callback(lambda: os.listdir(out) or out.rmdir())  # if the run ends before it begins
+        names, saved = os.listdir(out), checkpoints(out)
+        if not os.access(out, os.W_OK):
+            raise PermissionError("it is read-only")
+    if "summary.json" in names:
+        raise UserError(f"--out {out}: holds a finished run; {other}")
+    if config.resume and not saved:
+        raise UserError(f"--resume: {out} holds no checkpoint; start without --resume, and {other}")
+    if names and not config.resume:
+        hint = "--resume goes on with its run; or " if saved else ""
+        raise UserError(f"--out {out}: is not empty; {hint}{other}")
+
+
+def load_checkpoint(config, state, tensors):
+    """Load the newest checkpoint in --out into the tensors, and return its state. state: of the run
+    that would begin. UserError where that is another run, or a file is of another checkpoint."""
+    folder = checkpoints(config.out)[0]
+    remedy = "restore its files, or move it away to resume from the one before"
+    with user_error(f"{folder}: not loaded", remedy):
+        saved = json.loads((folder / "state.json").read_text())
+        for what, digest in state["made_from"].items():
+            if saved["made_from"][what] != digest:
+                raise UserError(f"--resume: the {what} of that run were others; pass those")
+        defaults = dataclasses.asdict(Config())  # for settings newer than the checkpoint
+        for name, value in state["config"].items():
+            old = saved["config"].get(name, defaults[name])
+            if old != value and name not in MAY_CHANGE:
+                raise UserError(f"--resume: {name} is {value}, and was {old} in that run")
+            if old != value and name != "resume":
+                saved["changes"].append(f"{name} from {old} to {value} after step {saved['step']}")
+        reader = dcp.HuggingFaceStorageReader(folder)
+        found = reader.read_metadata().state_dict_metadata
+        for name, tensor in tensors.items():
+            if (found[name].size, found[name].properties.dtype) != (tensor.shape, tensor.dtype):
+                raise UserError(f"{folder}: {name} has another shape or type; {remedy}")
+        dcp.load(tensors, storage_reader=reader)
+        steps = {int(tensor) for name, tensor in tensors.items() if name.endswith(".step")}
+        if steps != {saved["step"]}:
+            raise UserError(f"{folder}: holds files of steps {sorted(steps)}; {remedy}")
+    print(f"resumed after step {saved['step']}")
+    return saved | dict(config=state["config"])
+
+
+def save_checkpoint(out, state, tensors):
+    """Write checkpoint-STEP, and keep only it and the one before. It gets its name when all of it
+    is on the disk, so that a folder of that name is whole."""
+    partial = out / ".partial"
+    if RANK == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir()
+    dist.barrier()
+    # a file for each parameter and its AdamW state: a file is built in memory, and its step is
+    # that of the file, so that load_checkpoint knows one of another checkpoint
+    files = {name: 1 + number // 4 for number, name in enumerate(tensors)}
+    writer = dcp.HuggingFaceStorageWriter(partial, files, save_distributed=True)
+    dcp.save(tensors, storage_writer=writer)
+    if RANK == 0:
+        (partial / "state.json").write_text(json.dumps(state))
+        os.sync()
+        partial.rename(out / f"checkpoint-{state['step']:06}")
+        os.sync()
+        for older in checkpoints(out)[2:]:
+            shutil.rmtree(older.rename(partial))  # renamed first, for the same reason
+    dist.barrier()
+
+
+# ------------------------------------------------------------------------------------ training
+class Stopped(Exception):
+    """A signal ended the run after a step that was saved: Stopped(signal number, step)."""
 
 
 def learning_rate_at(step, steps, config):
-    """Linear warm-up, then a cosine to zero; no step of the run has a rate of zero."""
+    """Linear warm-up, then a cosine to zero. step counts from 0; no step has a rate of zero."""
     warmup = math.ceil(config.warmup_ratio * steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     return config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-# ------------------------------------------------------------------------------------ weights
-ADAMW = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
-ADAMW.update(amsgrad=False, maximize=False, fused=True)
+def start_processes(config, on_exit):
+    """Join torchrun's processes until the run ends, or be a group of one."""
+    if config.device == "cuda":
+        torch.cuda.set_device(int(TORCHRUN.get("LOCAL_RANK", 0)))
+        # cuDNN's backward under a mask can give NaN (pytorch issue 196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # AdamW may run on the host, for which torchrun sets one thread
+        torch.set_num_threads(max(1, os.cpu_count() // int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))))
+    if not dist.is_initialized():
+        alone = {} if TORCHRUN else dict(store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo"
+        dist.init_process_group(backend, **alone)
+        on_exit.callback(dist.destroy_process_group)
 
 
-class MasterAdamW:
-    """AdamW on float32 master weights, whatever the model computes in and wherever masters live.
-    At a learning rate of 1e-6 an update is about 1e-6, and bfloat16 numbers near 0.02 lie 1e-4
-    apart: on bfloat16 weights nearly every update rounds to nothing. So the model computes with
-    copies of the masters, and gradients are summed in float32. Bytes per parameter: 4 for the sums,
-    on sum_device; 12 for master and two moments, on master_device, where each process keeps those
-    of its share of the parameters (ZeRO stage 1, arXiv 1910.02054)."""
-
-    def __init__(self, model, device, dtype, master_device, sum_device):
-        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.owners = {name: i % WORLD_SIZE for i, name in enumerate(self.params)}
-        self.states, self.sums = {}, {}
-        for name, param in self.params.items():
-            param.register_post_accumulate_grad_hook(functools.partial(self.add_gradient, name))
-            self.sums[name] = torch.zeros_like(param, dtype=torch.float32, device=sum_device)
-            master = param.detach().to(master_device)
-            param.data = master.to(device, dtype)  # the master itself if neither differs
-            if self.owners[name] == RANK:
-                moments = {key: torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")}
-                self.states[name] = dict(master=master, **moments, step=master.new_zeros(()))
-        model.to(device)
-        self.buffer = None
-        if master_device != device:  # pinned: from pageable memory it takes 15 times as long
-            largest = max(param.numel() for param in self.params.values())
-            self.buffer = torch.empty(largest, dtype=dtype, pin_memory=True)
-
-    def add_gradient(self, name, param):  # a hook, called when param.grad is complete
-        self.sums[name].add_(param.grad.to(self.sums[name].device))  # in float32, whatever grad is
-        param.grad = None
-
-    def reduce(self):
-        """Add up each gradient sum on the process that owns its master; elsewhere it is spoiled.
-        Returns the norm of the whole gradient. FloatingPointError where it is not finite."""
-        for name, owner in self.owners.items() if WORLD_SIZE > 1 else ():
-            dist.reduce(self.sums[name], owner)
-        norm = torch.nn.utils.get_total_norm([self.sums[name] for name in self.states])
-        if WORLD_SIZE > 1:
-            dist.all_reduce(norm.square_())
-            norm.sqrt_()
-        if not norm.isfinite():
-            raise FloatingPointError(f"the gradient norm is {norm.item()}")
-        return norm
-
-    @torch.no_grad()
-    def step(self, learning_rate, max_norm):
-        """Clip the gradients, update masters and model, zero the sums; return the gradient's norm.
-        FloatingPointError, before any weight changes, where the norm is not finite."""
-        norm = self.reduce()
-        clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for name, state in self.states.items():
-            master, exp_avg, exp_avg_sq, count = state.values()
-            grad = self.sums[name].mul_(clip).to(master.device)
-            adamw([master], [grad], [exp_avg], [exp_avg_sq], [], [count], lr=learning_rate, **ADAMW)
-        torch._foreach_zero_(list(self.sums.values()))  # those too that this process does not own
-        self.update_model()
-        return norm.item()
-
-    @torch.no_grad()
-    def update_model(self):
-        """Copy the masters into the model, on all processes."""
-        for name, param in self.params.items():
-            if name in self.states:
-                master = self.states[name]["master"]
-                if self.buffer is not None:
-                    master = self.buffer[: master.numel()].view_as(master).copy_(master)
-                param.data.copy_(master)
-            if WORLD_SIZE > 1:
-                dist.broadcast(param.data, self.owners[name])
-
-
-# ------------------------------------------------------------------------------------ checkpoints
-# What a resumed run may change; changes are recorded. Data may be renamed, but its hash must match
-MAY_CHANGE = "data eval_data out learning_rate device micro_tokens gradient_checkpointing compile "
-MAY_CHANGE = (MAY_CHANGE + "master_device eval_every save_every").split()
-
-
-def all_agree(flag):
-    """Whether the flag is true on every process; none goes on before all have asked."""
-    flags = torch.tensor(int(flag))
+def on_first(function, *arguments):
+    """Call a function on the first process, and give its result, or what it raises, to all."""
+    result = error = None
+    if RANK == 0:
+        try:
+            result = function(*arguments)
+        except Exception as raised:
+            error = raised
     if WORLD_SIZE > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MIN)
-    return bool(flags)
-
-
-def checkpoints(out):
-    """The folders checkpoint-STEP in out, newest first. Folders of other names are not ours."""
-    folders = [path for path in out.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
-
-
-def check_out(config):
-    """UserError where --out is not empty, or holds no checkpoint to resume from."""
-    out = Path(config.out)
-    with user_error(f"--out {out}", "choose another folder"):
-        names = os.listdir(out) if out.is_symlink() or out.exists() else []  # links to nothing too
-    if config.resume and not checkpoints(out):
-        raise UserError(f"--resume: there is no checkpoint in {out}; start without --resume")
-    if not config.resume and not {"metrics.jsonl", ".partial"}.issuperset(names):
-        raise UserError(f"--out {out}: is not empty; choose another, or --resume its run")
-
-
-def open_run(config, pairs, eval_pairs, optimizer, on_exit):
-    """Lock --out until on_exit ends, and return the state of its run. With --resume it comes from
-    the newest checkpoint, as do optimizer and model. UserError where that cannot be."""
-    out, settings = Path(config.out), asdict(replace(config, resume=False))
-    data = [ids.tobytes() for pair in [*pairs, *eval_pairs] for ids in pair[:3]]
-    settings["pairs_sha256"] = hashlib.sha256(b" ".join(data)).hexdigest()
-    if RANK == 0:
-        with user_error(f"--out {out}", "another run may be writing there; choose another folder"):
-            out.mkdir(parents=True, exist_ok=True)
-            lock = os.open(out, os.O_RDONLY)
-            on_exit.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            check_out(config)  # again, since another run may have been here meanwhile
-    all_agree(True)
-    if not config.resume:
-        return dict(step=0, log_bytes=0, config=settings, changes=[])
-    folder = checkpoints(out)[0]
-    with user_error(f"{folder} is damaged", "delete it, to resume from the one before"):
-        state = json.loads((folder / "state.json").read_text())
-        for name, value in settings.items():
-            old = state["config"][name]
-            if old != value and name not in MAY_CHANGE:
-                raise UserError(f"--resume: {name} is {value}, and was {old} in that run")
-            if old != value:
-                state["changes"] += [f"{name} from {old} to {value} after step {state['step']}"]
-        for name, tensors in optimizer.states.items():
-            loaded = load_file(folder / f"{name}.safetensors")
-            for key, tensor in tensors.items():
-                tensor.copy_(loaded[key].view_as(tensor))
-    optimizer.update_model()
-    print(f"resumed after step {state['step']}")
-    return state | dict(config=settings)
-
-
-def save_checkpoint(out, state, optimizer):
-    """Write checkpoint-STEP, a file per parameter, and keep only it and the one before it.
-    The folder gets its name when all of it is on the disk, so a folder of that name is whole."""
-    folder, partial = out / f"checkpoint-{state['step']:06}", out / ".partial"
-    if RANK == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir()
-    all_agree(True)
-    for name, tensors in optimizer.states.items():
-        (partial / f"{name}.safetensors").write_bytes(save(tensors))
-    all_agree(True)
-    if RANK == 0:
-        (partial / "state.json").write_text(json.dumps(state))
-        os.sync()
-        partial.rename(folder)
-        os.sync()
-        found = checkpoints(out)
-        for older in found[found.index(folder) + 2 :]:
-            shutil.rmtree(older.rename(partial))  # renamed first, for the same reason
-    all_agree(True)  # torchrun ends the process that writes when another one has ended
-
-
-# ------------------------------------------------------------------------------------ training
-class Stopped(Exception):
-    """A signal ended the run after a step that was saved: Stopped(signal number, step)."""
+        box = [result, error]
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+        result, error = box
+    if error is not None:
+        raise error
+    return result
 
 
 def catch_signals(on_exit):
@@ -777,223 +972,279 @@ def catch_signals(on_exit):
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(2, b"\nfinishing this step and saving (without torchrun, again to quit)\n")
         received.append(number)
-        if WORLD_SIZE == 1:  # under torchrun, one Ctrl-C arrives twice
+        if not TORCHRUN:  # under which one Ctrl-C arrives twice
             signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            on_exit.callback(signal.signal, number, signal.signal(number, receive))
+    if threading.current_thread() is threading.main_thread():  # others cannot catch any
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                on_exit.callback(signal.signal, number, signal.signal(number, receive))
     return received
 
 
-def build(config, devices, pairs, loss_fn):
-    """(model, optimizer), after a rehearsal: the micro-batches with the most tokens, the largest
-    masks and the longest pair run, so that what would fail hours later fails now. Turns
-    config.plain_rows on where shared rows are wrong. UserError where figures are not finite."""
-    model = load_model(config.model, config.gradient_checkpointing)
-    prompt, chosen, rejected, _ = pairs[row_tokens(pairs, plain=False).argmax()]
-    pair = prompt[-256:], chosen[:128], rejected[:128]  # short, so that 7B takes seconds on a CPU
-    reason, exact = check_model(model, pair)
-    if not all_agree(config.plain_rows or reason is None):
-        print(f"note: plain rows, which are slower, because shared rows are wrong here: {reason}")
-        config.plain_rows = True
-    if config.compile:
-        # a layer is compiled anew for each kind of mask, with gradients and without
-        torch._dynamo.config.recompile_limit = 64
-        lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-        for layer in max(lists, key=len, default=[]):  # the decoder's
-            layer.compile(dynamic=True)
-    optimizer = MasterAdamW(model, config.device, getattr(torch, config.dtype), *devices)
-    tokens = row_tokens(pairs, config.plain_rows)
+def clip_gradient(optimizer, max_norm):
+    """Clip the gradient, and return its norm before. FloatingPointError if that is not finite."""
+    params = optimizer.param_groups[0]["params"]
+    for param in params:
+        if param.grad is None:  # as of an expert without tokens, whose steps count all the same
+            param.grad = torch.zeros_like(param)
+    # on a CPU, torch takes one core for the norm of a matrix, and all of them for those of its rows
+    norms = [
+        g if g.ndim < 2 else torch.linalg.vector_norm(g, dim=-1) for g in (p.grad for p in params)
+    ]
+    norm = torch.nn.utils.get_total_norm(norms)
+    torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient norm is {norm}")
+    return norm
+
+
+def rehearse(model, optimizer, pairs, checked, loss_fn, config):
+    """Run now what would fail hours later: the checked pair as the run computes it, and a step of
+    the micro-batches with the most tokens and the most response tokens. UserError if it fails."""
+    short, exact = checked
+    tokens = np.array([pair_tokens(pair, config.plain_rows) for pair in pairs])
+    responses = np.array([len(pair.chosen) + len(pair.rejected) for pair in pairs])
     copies = np.clip(config.micro_tokens // tokens, 1, min(config.batch_size, len(pairs)))
-    sizes = copies * tokens, copies * tokens**2, tokens  # the most memory first, which is reused
-    bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # ten times what rounding was seen to do
+    largest = (copies * tokens).argmax(), (copies * responses).argmax()
+    indices = [i for i in largest for _ in range(copies[i] * WORLD_SIZE)]
     try:
-        rows = make_rows([pair], config.plain_rows, config.device)
-        rounded = torch.cat(pair_logps(model, rows)).detach().cpu()
-        if (rounded - exact).abs().max() > bound * max(1.0, exact.abs().max()):
-            raise FloatingPointError(f"log-probabilities {rounded.tolist()}, not {exact.tolist()}")
-        for i in dict.fromkeys(int(size.argmax()) for size in sizes):
-            run_pairs(model, pairs, [i] * int(copies[i]) * WORLD_SIZE, loss_fn, config, train=True)
-        optimizer.reduce()
+        means = run_pairs(model, [short], [0], lambda *logps: (logps[0], *logps[:2]), config)
+        found = torch.tensor([means["logps/chosen"], means["logps/rejected"]])
+        bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # ten times what rounding does
+        if (found - exact).abs().max() > bound * max(1.0, exact.abs().max()):
+            raise FloatingPointError(f"log-probabilities {found.tolist()}, not {exact.tolist()}")
+        run_pairs(model, pairs, indices, loss_fn, config, training=True)
+        clip_gradient(optimizer, config.max_grad_norm)
     except FloatingPointError as error:
         raise UserError(f"rehearsal: {error} (try a lower --alpha or --dtype float32)") from error
-    torch._foreach_zero_(list(optimizer.sums.values()))
-    beside("plan", "print_peak", config.device)  # of memory
-    return model, optimizer
+    optimizer.zero_grad()
 
 
 def save_model(model, tokenizer, summary, out):
-    """Write model (bfloat16) and tokenizer, then summary.json: where that is, all is there."""
-    folder = out / ".partial"
-    shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
-    model.config = load_pretrained(AutoConfig, summary["config"]["model"])  # dropouts back on
-    model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    mode = (folder / "summary.json").stat().st_mode
-    os.sync()
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == "summary.json"):
-        if path.is_file():
+    """Write the model in bfloat16, the tokenizer, and last summary.json: where that is, all is.
+    All of it comes from memory, because the folder that was read may have changed."""
+    options = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = state_dicts.get_model_state_dict(model, options=options)  # of the first process only
+    once = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]  # if tied
+    if RANK == 0:
+        weights = {name: weights[name] for name in once if name in weights}
+        weights = {k: x.bfloat16() if x.is_floating_point() else x for k, x in weights.items()}
+        with torch.device("meta"):  # the class and config of the model, without what sharding added
+            shell = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
+        shell.generation_config = model.generation_config
+        folder = out / ".partial"
+        shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
+        shell.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        mode = (folder / "summary.json").stat().st_mode
+        os.sync()
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "summary.json"):
             path.chmod(mode)  # safetensors makes files that only their owner can read
-        shutil.rmtree(out / path.name, ignore_errors=True)  # a folder is not replaced
-        path.replace(out / path.name)
-    folder.rmdir()
+            path.replace(out / path.name)
+        folder.rmdir()
+    dist.barrier()
 
 
-def train(config: Config, loss_fn=None) -> dict | None:
+def train(config: Config, loss_fn=None, model=None) -> dict | None:
     """Align a model, write it and its figures to config.out, and return what summary.json holds, or
     None on all processes but the first.
+
     loss_fn: a loss in place of alphapo_loss, (chosen_logps, rejected_logps, pairs, batch) ->
-    (losses, chosen_rewards, rejected_rewards), one value per pair. batch: indices into pairs.
+        (losses, chosen_rewards, rejected_rewards), one value per pair. batch: indices into pairs,
+        which a rehearsal before the first step repeats.
+    model: one that is loaded, float32 on the CPU, in place of the weights that config.model names.
     Raises UserError, before anything is written, where settings, data or model cannot be used, and
     FloatingPointError (a loss or gradient is not finite) or Stopped (a signal, after a save)."""
-    config, out = resolve(config), Path(config.out)
-    knobs = config.alpha, config.beta, config.gamma
+    config = resolve(config)
+    knobs, out = (config.alpha, config.beta, config.gamma), Path(config.out)
     loss_fn = loss_fn or (lambda chosen, rejected, *_: alphapo_loss(chosen, rejected, *knobs))
     with contextlib.ExitStack() as on_exit:
-        if WORLD_SIZE > 1 and not dist.is_initialized():
-            if config.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()  # gloo for what is on the CPU, nccl for what is on a GPU
-        # cuDNN's backward under a mask can give NaN (pytorch issue 196678)
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        check_out(config)  # before data and weights, which take minutes
-        tokenizer, pairs, eval_pairs, notes = load_data(config)
-        plan = beside("plan", "make_plan", config, pairs, eval_pairs)
-        master_device = config.master_device.replace("auto", config.device)
-        devices = plan["places"] if plan else (master_device, config.device)  # masters, sums
-        model, optimizer = build(config, devices, pairs, loss_fn)
-        state = open_run(config, pairs, eval_pairs, optimizer, on_exit)
+        start_processes(config, on_exit)
+        on_first(claim, config, on_exit)
+        tokenizer, pairs, eval_pairs, notes, made_from = on_first(load_data, config)
+        skeleton, loaded = make_skeleton(config.model), []
+        plan = on_first(make_plan, config, skeleton, pairs, eval_pairs)
+        for name in ("offload", "micro_tokens", "gradient_checkpointing"):
+            setattr(config, name, plan[name])
+
+        def load():  # on the first process alone; the others receive their shards
+            loaded.append(model or load_model(config.model))
+            return check_model(loaded[0], pairs)
+
+        reason, *checked = on_first(load)
+        if reason and not config.plain_rows:
+            print(f"note: plain rows, which are slower, since shared ones are wrong here: {reason}")
+            config.plain_rows = True
+        policy = shard(loaded.pop() if loaded else None, skeleton, config, plan["pin_memory"])
+        optimizer, tensors = make_optimizer(policy)
+        rehearse(policy, optimizer, pairs, checked, loss_fn, config)
+        state = dict(step=0, log_bytes=0, config=dataclasses.asdict(config), changes=[])
+        state.update(made_from=made_from)
+        if config.resume:
+            state = load_checkpoint(config, state, tensors)
         log = open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a", buffering=1)
         on_exit.enter_context(log)
-        if RANK == 0:  # keep what the checkpoint knows, in whole lines
-            known = (out / "metrics.jsonl").read_bytes()[: state["log_bytes"]]
-            log.truncate(known.rfind(b"\n") + 1)
+        if RANK == 0:  # drop what came after the checkpoint
+            log.truncate(min(state["log_bytes"], log.tell()))
 
         def evaluate():
             everything = range(len(eval_pairs))
-            means = run_pairs(model, eval_pairs, everything, loss_fn, config) if eval_pairs else {}
+            means = run_pairs(policy, eval_pairs, everything, loss_fn, config) if eval_pairs else {}
             means = {f"eval_{key}": value for key, value in means.items()}
             log.write(json.dumps({"step": state["step"]} | means) + "\n")
             return means
 
         if not config.resume:
             state["before"] = evaluate()
-        steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
-        steps = min(config.max_steps or math.inf, steps_per_epoch * config.epochs)
-        signals, tokens = catch_signals(on_exit), token_counts(pairs).sum(1)
+        steps, steps_per_epoch = plan["steps"], plan["steps_per_epoch"]
+        signals = catch_signals(on_exit)
         progress = tqdm(total=steps, initial=state["step"], unit="step", disable=RANK > 0)
         on_exit.enter_context(progress)
         for step in range(state["step"] + 1, steps + 1):
-            epoch, batch = divmod(step - 1, steps_per_epoch)
+            epoch, number = divmod(step - 1, steps_per_epoch)
             order = np.random.default_rng([config.seed, epoch]).permutation(len(pairs))
-            indices = order[batch * config.batch_size :][: config.batch_size].tolist()
+            indices = order[number * config.batch_size :][: config.batch_size].tolist()
             learning_rate = learning_rate_at(step - 1, steps, config)
+            optimizer.param_groups[0]["lr"] = learning_rate
             start = time.perf_counter()
             try:
-                metrics = run_pairs(model, pairs, indices, loss_fn, config, train=True)
+                metrics = run_pairs(policy, pairs, indices, loss_fn, config, training=True)
                 summed_up = time.perf_counter()
-                metrics["grad_norm"] = optimizer.step(learning_rate, config.max_grad_norm)
+                metrics["grad_norm"] = clip_gradient(optimizer, config.max_grad_norm)
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}") from error
+            optimizer.step()
+            optimizer.zero_grad()
             end, state["step"] = time.perf_counter(), step
+            tokens = sum(len(ids) for i in indices for ids in pairs[i][:3])
             metrics.update(learning_rate=learning_rate, epoch=step / steps_per_epoch)
-            metrics.update(pairs=len(indices), tokens=int(tokens[indices].sum()))
             metrics.update(seconds=end - start, optimizer_seconds=end - summed_up)
+            metrics.update(pairs=len(indices), tokens=tokens)
             log.write(json.dumps({"step": step} | metrics) + "\n")
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             progress.update()
             if config.eval_every and step % config.eval_every == 0 and step < steps:
                 evaluate()
-            stopped = not all_agree(not signals)
-            if stopped or (config.save_every and step % config.save_every == 0):
+            received = torch.tensor(signals[0] if signals and step < steps else 0)
+            dist.all_reduce(received, dist.ReduceOp.MAX)  # the last step ends the run anyway
+            if received or (config.save_every and step % config.save_every == 0):
                 state["log_bytes"] = log.tell()
-                save_checkpoint(out, state, optimizer)
-            if stopped:
-                raise Stopped(signals[0] if signals else signal.SIGTERM, step)  # another's signal
-        optimizer.states.clear()  # so that writing the model takes no more memory than training it
-        for param in model.parameters():  # the last figures are then those of what is written
-            param.data.copy_(param.data.bfloat16())
+                save_checkpoint(out, state, tensors)
+            if received:
+                raise Stopped(received.item(), step)
+        for param in optimizer.param_groups[0]["params"]:
+            param.detach().copy_(param.detach().bfloat16())  # the last figures are of what is saved
+        tensors.clear()
+        optimizer.state.clear()  # so that saving takes no more memory than training
         state.update(after=evaluate(), plan=plan, notes=notes, processes=WORLD_SIZE)
-        state.update(pairs=len(pairs), eval_pairs=len(eval_pairs))
-        state.update(torch=torch.__version__, transformers=transformers.__version__)
-        state.update(peak_memory_gib=beside("plan", "peak_memory", config.device))
-        if RANK == 0:
-            save_model(model, tokenizer, state, out)
-        all_agree(True)  # the others wait for the first, or their exit would end it
-        return None if RANK else state
+        state.update(pairs=len(pairs), eval_pairs=len(eval_pairs), torch=torch.__version__)
+        state.update(transformers=transformers.__version__, peak_memory_gib=peak_memory(config))
+        save_model(policy, tokenizer, state, out)
+        return state if RANK == 0 else None
+
+
+# ------------------------------------------------------------------------------------ report
+def read_log(run):
+    """The metrics of a run's steps, and of its evaluations."""
+    log = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [m for m in log if "loss" in m], [m for m in log if "eval_loss" in m]
+
+
+def table(run):
+    """What a run did to the held-out pairs, and how fast it was, in words."""
+    summary, (steps, _) = json.loads((Path(run) / "summary.json").read_text()), read_log(run)
+    lines = [f"{summary['eval_pairs']:5} held-out pairs{'before':>14}{'after':>10}{'change':>10}"]
+    for key, before in summary["before"].items():
+        name, after = key.removeprefix("eval_"), summary["after"][key]
+        lines.append(f"{name:24}{before:10.4f}{after:10.4f}{after - before:+10.4f}")
+    keys = "seconds", "optimizer_seconds", "pairs", "tokens"
+    seconds, optimizer, pairs, tokens = (sum(metrics[key] for metrics in steps) for key in keys)
+    speed = f"{pairs / seconds:.2f} pairs/s, {tokens / seconds:.0f} tokens/s"
+    share, memory = optimizer / seconds, f"peak memory {summary['peak_memory_gib']:.2f} GiB"
+    return "\n".join([*lines, f"{speed}, optimizer {share:.0%} of the time, {memory}"])
+
+
+def draw_curves(run):
+    """Draw curves.png of a run: lines are its steps, and dots the held-out pairs."""
+    from matplotlib.figure import Figure  # here, because only pictures need it
+
+    steps, evaluations = read_log(run)
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    panels = METRICS[:1], METRICS[3:4], METRICS[4:5], METRICS[5:]
+    for axis, keys in zip(figure.subplots(1, 4), panels):
+        for key, color in zip(keys, ("#2a86d8", "#e0702a")):
+            axis.plot([m["step"] for m in steps], [m[key] for m in steps], color=color, alpha=0.4)
+            held_out = [m["step"] for m in evaluations], [m[f"eval_{key}"] for m in evaluations]
+            axis.plot(*held_out, "o-", color=color, label=key)
+        axis.set_xlabel("step")
+        axis.legend()
+    figure.savefig(Path(run) / "curves.png", dpi=110)
 
 
 # ------------------------------------------------------------------------------------ command line
 def fail(message, status=2):
-    print(f"alphapo: {message}", file=sys.stderr, flush=True)
+    if RANK == 0:  # under torchrun, one message is enough
+        print(f"alphapo: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def parse_arguments(argv):
-    """The settings of a command line, over the defaults of the preset that --model names."""
-    presets = "Presets for --model. Defaults above: of the preset given, or tiny without --model."
-    for name, preset in PRESETS.items():
-        numbers = [f"{key} {value:g}" for key, value in preset.items() if type(value) is not str]
-        presets += f" {name}: {', '.join(numbers)}."
-    about = __doc__.split("\n")[0]
-    parser = HfArgumentParser(Config, description=about, epilog=presets, allow_abbrev=False)
+    """The settings of a command line, over those of the preset that --model names."""
+    presets = "".join(f"\n  {name}: {preset}" for name, preset in PRESETS.items())
+    about = dict(description=__doc__.split("\n")[0], epilog=f"presets:{presets}")
+    options = dict(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser(**about, **options)
     parser.error = fail  # in place of a screen of usage
-    for action in parser._actions:  # every flag is accepted with underscores too, but shown once
-        action.option_strings = action.option_strings[-1:]
-    # once for the model alone, whose preset gives the defaults
-    values, _ = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
-    preset = dict(PRESETS.get(values.model, {}))
-    if values.data:
+    for field in dataclasses.fields(Config):
+        spellings = dict.fromkeys(["--" + field.name.replace("_", "-"), "--" + field.name])
+        default = "" if field.default is None else f" (default: {field.default})"
+        switch = dict(nargs="?", const=True) if "bool" in str(field.type) else {}
+        parser.add_argument(*spellings, help=field.metadata["help"] + default, **switch)
+    given = {"model": "tiny"} | vars(parser.parse_args(argv))
+    preset = dict(PRESETS.get(given["model"], {}))
+    if "data" in given:
         preset.pop("eval_data", None)  # a preset's held-out pairs belong to its own data
-    parser.set_defaults(**preset)
-    values, unknown = parser.parse_known_args(argv)
-    for flag in unknown[:1]:
-        near = difflib.get_close_matches(flag, parser._option_string_actions, 1) or ["--help"]
-        fail(f"{flag}: there is no such flag; did you mean {near[0]}?")
-    values.model = preset.get("model", values.model)
-    return Config(**vars(values))
+    return Config(**preset | given | {"model": preset.get("model", given["model"])})
 
 
 def main(argv=None):
     sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # no terminal's encoding ends a run
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: new pages took a tenth of a step
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks up to 32 MiB come from the heap,
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which keeps what is freed
-    config = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
+        config = resolve(parse_arguments(sys.argv[1:] if argv is None else argv))
         if config.plan:
-            config = resolve(config)
-            beside("plan", "make_plan", config, *load_data(config)[1:3]) or fail("no data/plan.py")
+            _, pairs, eval_pairs, *_ = load_data(config)
+            make_plan(config, make_skeleton(config.model), pairs, eval_pairs)
         elif train(config):
-            print(beside("report", "report", config.out) or f"saved in {config.out}")
+            with contextlib.suppress(ImportError):  # no matplotlib, no picture
+                draw_curves(config.out)
+            print(f"{table(config.out)}\nthe aligned model is in {config.out}")
     except UserError as error:
         fail(error)
     except Stopped as error:
         number, step = error.args
-        processes = os.environ.get("LOCAL_WORLD_SIZE")
+        processes = TORCHRUN.get("LOCAL_WORLD_SIZE")
         launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
         command = shlex.join(sys.argv if config.resume else [*sys.argv, "--resume"])
         fail(f"stopped after step {step} and saved; go on with: {launcher} {command}", 128 + number)
-    except (FloatingPointError, OSError, torch.OutOfMemoryError, SafetensorError) as error:
+    except (FloatingPointError, OSError, MemoryError, RuntimeError) as error:
+        what = (str(error).strip() or repr(error)).splitlines()[0]
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains again at its end
-        remedy = "lower --micro-tokens; " if isinstance(error, torch.OutOfMemoryError) else ""
         if isinstance(error, FloatingPointError):
-            remedy = "lower --learning-rate or --alpha, from the start if --resume ends here too; "
-        saved = checkpoints(Path(config.out))
-        remedy += "what was saved is whole: --resume" if saved else "no checkpoint was saved"
-        fail(f"{(str(error).strip() or repr(error)).splitlines()[-1]}; {remedy}", 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if WORLD_SIZE > 1:  # torch's threads now and then abort a normal exit, and torchrun reports it
-        sys.stdout.flush()
-        os._exit(0)
+            what += "; lower --learning-rate or --alpha, from the start if --resume ends here too"
+        elif "memory" in what:  # of a GPU or of the host
+            what += "; lower --micro-tokens"
+        elif type(error) is RuntimeError:
+            raise
+        saved = "--resume goes on" if checkpoints(config.out) else "nothing was saved"
+        fail(f"{what}; {saved}", 1)
 
 
 if __name__ == "__main__":

@@ -1,159 +1,151 @@
 # SPDX-License-Identifier: MIT
-"""The tests of alphapo.py: pytest test_alphapo.py (offline, on a CPU; some need a GPU).
+"""The tests of alphapo.py: pytest test_alphapo.py, offline and on a CPU; one of them needs a GPU.
 
-The mathematics is checked against closed forms in 400 digits, finite differences and the
-models' own forward pass; the behaviour by running the script. CI=1 adds the slow cases.
+They open with what is true of the method, then follow the file. What is expected is written out,
+or computed otherwise: a closed form, the model's own forward pass, a run that nothing disturbed.
 """
 
-import copy
-import fcntl
-import itertools
+import contextlib
 import json
 import math
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from decimal import Decimal, localcontext
 from pathlib import Path
-from unittest import mock
+from types import SimpleNamespace
 
-import huggingface_hub
+ROOT = Path(__file__).resolve().parent
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+
+import datasets
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save
-from tokenizers import Tokenizer, models, processors
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
-from transformers import AutoModelForCausalLM as AutoModel
+from safetensors.torch import load_file, save_file
+from tokenizers import processors
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import alphapo
-from alphapo import UserError
+from alphapo import UserError, alphapo_loss, alphapo_reward
 
-ROOT = Path(__file__).resolve().parent
-TINY, EVAL = ROOT / "data" / "tiny", str(ROOT / "data" / "tiny" / "eval.jsonl")
-SLOW = bool(os.environ.get("CI") or os.environ.get("ALPHAPO_SLOW"))
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-cases, raises, assert_close = pytest.mark.parametrize, pytest.raises, torch.testing.assert_close
+TINY = ROOT / "data" / "tiny"
+FORKS = multiprocessing.get_context("forkserver")  # of a process that imports alphapo from now on
+FORKS.set_forkserver_preload(["alphapo"])
+multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True)
-def cpu_without_a_network(request, monkeypatch, tmp_path):
-    """Also on a machine that has a GPU, unless the test is marked as one for a GPU."""
+def an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)  # not on import, because forks would inherit a dead pool
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    if not request.node.get_closest_marker("skipif"):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 # ------------------------------------------------------------------------------------ the loss
-ALPHAS = [-50.0, -4.0, -1.0, -0.25, -1e-4, -1e-8, -1e-12, -1e-300, 0.0]
-ALPHAS += [1e-300, 1e-12, 1e-8, 1e-6, 1e-4, 1e-2, 0.25, 1.0, 4.0, 50.0]
-LOGPS = [-1e-6, -0.01, -0.9, -1.1, -1.30, -1.31, -5.0, -30.0, -75.0, -110.0, -200.0]
+BETA, GAMMA = 2.5, 0.25
+CHOSEN = torch.tensor([-0.9, -1.2, -0.3, -2.0, -0.1], dtype=torch.float64)  # means over tokens
+REJECTED = torch.tensor([-1.1, -1.0, -1.6, -2.0, -3.0], dtype=torch.float64)
 
 
-def exact(chosen, rejected, alpha, beta, gamma):
-    """Loss, rewards and the loss's gradients from the closed form, in 400 digits."""
-    with localcontext(prec=400):
-        c, r, a, b, g = map(Decimal, (chosen, rejected, alpha, beta, gamma))
-        rewards = [b * ((1 - (-a * x).exp()) / a if a else x) for x in (c, r)]
-        margin = rewards[0] - rewards[1] - g
-        capped = min(max(margin, Decimal(-2000)), Decimal(2000))  # exp(-2000) is 0 in any float
-        loss, push = max(-margin, 0) + (1 + (-abs(capped)).exp()).ln(), 1 / (1 + capped.exp())
-        return [loss, *rewards, -push * b * (-a * c).exp(), push * b * (-a * r).exp()]
+@pytest.mark.parametrize("alpha", [0.0, 1e-12, 1e-6, -1e-6, 1e-4, 1e-2, -1e-2])
+def test_alpha_to_zero_is_simpo_and_the_distance_is_linear(alpha):
+    """(1 - exp(-alpha x)) / alpha is x - alpha x²/2 + ..., and a loss has the slope exp(-loss) - 1.
+    With exp in place of expm1, only four digits of a reward would be left at 1e-12."""
+    simpo = -torch.log(torch.sigmoid(BETA * (CHOSEN - REJECTED) - GAMMA))
+    losses, chosen_rewards, _ = alphapo_loss(CHOSEN, REJECTED, alpha, BETA, GAMMA)
+    slopes = (torch.exp(-simpo) - 1) * BETA * (REJECTED**2 - CHOSEN**2) / 2
+    near = dict(rtol=8 * abs(alpha), atol=2e-15)
+    assert_close(losses - simpo, alpha * slopes, **near)
+    assert_close(chosen_rewards - BETA * CHOSEN, -alpha * BETA * CHOSEN**2 / 2, **near)
 
 
-@cases("dtype", [torch.float32, torch.float64])
-@cases("alpha", ALPHAS)
-def test_loss_rewards_and_gradients_equal_the_closed_form(alpha, dtype):
-    """Gradients have the absolute precision of 1: the derivative of expm1 is expm1 + 1."""
-    logps = [pair for pair in itertools.product(LOGPS, LOGPS) if abs(alpha * min(pair)) < 700]
-    logps = torch.tensor(logps, dtype=dtype).T.clone().requires_grad_()
-    losses, *rewards = alphapo.alphapo_loss(*logps, alpha, 2.5, 0.1)
-    assert losses.dtype == dtype and not any(x.requires_grad for x in rewards)
-    (grads,) = torch.autograd.grad(losses.sum(), logps)
-    true = [[float(x) for x in exact(*pair, alpha, 2.5, 0.1)] for pair in logps.T.tolist()]
-    true = torch.tensor(true, dtype=torch.float64).T.to(dtype)
-    single, tiny = torch.finfo(dtype).eps * (dtype == torch.float32), torch.finfo(dtype).tiny
-    assert_close(torch.stack(rewards), true[1:3], rtol=1e-12 + single, atol=tiny)
-    assert_close(losses, true[0], rtol=1e-11 + single, atol=tiny)
-    assert_close(grads, true[3:], rtol=1e-11 + single, atol=1e-14)
+@pytest.mark.parametrize("alpha", [-2.0, -0.25, 0.0, 1e-6, 0.25, 2.0])
+def test_gradients_are_the_closed_form(alpha):
+    """Of a pair, alpha > 0 pushes the less likely response harder, alpha < 0 the likelier one."""
+    chosen, rejected = CHOSEN.clone().requires_grad_(), REJECTED.clone().requires_grad_()
+    losses, chosen_rewards, rejected_rewards = alphapo_loss(chosen, rejected, alpha, BETA, GAMMA)
+    losses.sum().backward()
+    push = BETA * torch.sigmoid(rejected_rewards - chosen_rewards + GAMMA)
+    assert not push.requires_grad
+    assert_close(chosen.grad, -push * torch.exp(-alpha * CHOSEN))
+    assert_close(rejected.grad, push * torch.exp(-alpha * REJECTED))
+    assert_close(rejected.grad / -chosen.grad, torch.exp(alpha * (CHOSEN - REJECTED)))
 
 
-@cases("alpha", [-1.0, 0.0, 1e-6, 0.25, 2.0])
-def test_gradcheck_and_shapes_that_would_broadcast(alpha):
-    logps = (-3 * torch.rand(2, 6, dtype=torch.float64)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: alphapo.alphapo_loss(*x, alpha, 2.5, 0.1)[0], logps)
-    with raises(ValueError, match="differ"):
-        alphapo.alphapo_loss(torch.zeros(3), torch.zeros(3, 1), alpha, 2.5, 0.1)
+@pytest.mark.parametrize("alpha", [-1.0, -0.25, 0.25, 1.0])
+def test_alpha_below_zero_bounds_the_reward_and_above_zero_it_falls_exponentially(alpha):
+    rewards = alphapo_reward(torch.linspace(0, -9, 10, dtype=torch.float64), alpha)
+    falls = rewards[:-1] - rewards[1:]  # from nat to nat
+    assert rewards[0] == 0 and (falls > 0).all() and (alpha > 0 or rewards.min() > -1 / -alpha)
+    assert_close(falls[1:] / falls[:-1], torch.full_like(falls[1:], math.exp(alpha)))
 
 
-def test_the_loss_runs_when_cut_out_of_the_file():
-    sections = (ROOT / "alphapo.py").read_text().split("# ----")
-    (block,) = (part for part in sections if part.partition("\n")[0].endswith("- the loss"))
-    exec("import torch\n" + block.partition("\n")[2], alone := {})
-    logps = torch.tensor([-0.9, -1.2]), torch.tensor([-1.1, -1.0])
-    cut, whole = (x["alphapo_loss"](*logps, 0.25, 2.5, 0.1) for x in (alone, vars(alphapo)))
-    assert_close(cut, whole, rtol=0, atol=0)
+def test_a_response_said_twice_has_the_same_reward():
+    """By a model in which a token's probability depends on that token alone: a sum would double."""
+
+    def model(input_ids, logits_to_keep, use_cache):
+        return SimpleNamespace(logits=torch.arange(9.0).expand(int(logits_to_keep.sum()), 9))
+
+    pair = alphapo.Pair(np.array([1, 2]), once := np.array([3, 8, 5]), np.append(once, once))
+    said_once, said_twice = alphapo.pair_logps(model, [pair], plain_rows=True)
+    assert_close(said_once, torch.arange(9.0).log_softmax(0)[once].mean()[None])
+    assert_close(alphapo_reward(said_once, 0.25), alphapo_reward(said_twice, 0.25))
 
 
-# ------------------------------------------------------------------------------------ settings
-PAPER = {"mistral-7b-instruct": (0.25, 2.5, 0.1, 7e-7), "gemma-2-9b-it": (0.1, 10.0, 0.5, 8e-7)}
-PAPER["llama-3-8b-instruct"] = (0.25, 10.0, 0.3, 1.1e-6)
+def test_equal_responses_without_a_margin_have_the_loss_log_2():
+    losses, _, _ = alphapo_loss(CHOSEN.float(), CHOSEN.float(), 0.25, BETA, gamma=0.0)
+    assert_close(losses, torch.full((5,), math.log(2)))
 
 
-def test_flags_and_presets_are_those_of_help_and_of_the_paper(capsys):
-    with raises(SystemExit):
-        alphapo.main(["--help"])
-    text = capsys.readouterr().out
-    names = [name.replace("_", "-") for name in vars(alphapo.Config())]
-    assert re.findall(r"\n  --([\w-]+)", text) == ["help", *names]
-    assert set(alphapo.PRESETS) == {"tiny", *PAPER}
-    for name, (alpha, beta, ratio, learning_rate) in PAPER.items():
-        want = dict(alpha=alpha, beta=beta, gamma=beta * ratio, learning_rate=learning_rate)
-        found = vars(alphapo.parse_arguments(["--model", name]))
-        assert {key: found[key] for key in want} == pytest.approx(want, rel=1e-12)
-        line = f"{name}: alpha {alpha}, beta {beta:g}, gamma {beta * ratio:g}, learning_rate"
-        assert line in " ".join(text.split())
-    config = alphapo.parse_arguments("--alpha 0.5 --max_steps 3".split())
-    assert config == alphapo.Config(**alphapo.PRESETS["tiny"] | dict(alpha=0.5, max_steps=3))
-    assert alphapo.parse_arguments(["--data", "mine.jsonl"]).eval_data is None
+def test_shapes_that_would_broadcast_and_integers_are_refused():
+    for chosen in (CHOSEN[:, None], CHOSEN[:1], CHOSEN[0], whole := CHOSEN.long()):
+        with pytest.raises(ValueError, match="one shape in floating point"):
+            alphapo_loss(chosen, whole if chosen is whole else CHOSEN, 0.25, BETA, GAMMA)
 
 
-# -------------------------------------------------------------------- rows and log-probabilities
+@pytest.mark.parametrize("name", ["alphapo.py", "README.md"])
+def test_the_loss_runs_with_torch_alone_when_it_is_copied(name):
+    """The section of the file, from its heading to the next one, and the code in the README."""
+    part = r"# -+ the loss\n(.*?)\n# --" if name == "alphapo.py" else r"```python\n(.*?)```"
+    parts = re.findall(part, (ROOT / name).read_text(), re.S)
+    exec(next(part for part in parts if "def alphapo_loss(" in part), copied := {"torch": torch})
+    arguments = CHOSEN, REJECTED, 0.25, BETA, GAMMA
+    assert_close(copied["alphapo_loss"](*arguments), alphapo_loss(*arguments), rtol=1e-14, atol=0)
+
+
+# --------------------------------------------------------------- what several sections below use
 # fmt: off
 SMALL = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1,
-    eos_token_id=2)
-DROPOUT = dict(attention_dropout=0.1, resid_pdrop=0.1, embd_pdrop=0.1)
-SSM = dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
-MODELS = {
-    "llama": {}, "tied llama": dict(tie_word_embeddings=True), "qwen2": {}, "phi3": DROPOUT,
-    "mistral": dict(sliding_window=None), "window of 5, mistral": dict(sliding_window=5),
-    "windows of 5, qwen2": dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
-    "gemma2": dict(head_dim=8, sliding_window=5, final_logit_softcapping=2.0),
-    "gemma3_text": dict(head_dim=8, sliding_window=5), "qwen3": dict(head_dim=8),
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256),
-}
-PLAIN_MODELS = {  # scales its logits, has a bias in its projection, carries a state (two of them)
-    "granite": dict(logits_scaling=3.0), "phi": {}, "falcon_h1": SSM, "mamba": dict(state_size=4),
-}
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0)
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+WINDOWS = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"] * 2)
+SHARED = {  # models for which shared rows are exact
+    "llama": {}, "tied llama": dict(tie_word_embeddings=True), "qwen2": {}, "phi": {}, "phi3": {},
+    "mistral": dict(sliding_window=None), "windows of 5, mistral": dict(sliding_window=5),
+    "windows of 600, mistral": dict(sliding_window=600), "qwen3": dict(head_dim=8), "stablelm": {},
+    "windows of 5, qwen2": WINDOWS | dict(use_sliding_window=True), "mixtral": EXPERTS,
+    "gemma2": WINDOWS | dict(head_dim=8, final_logit_softcapping=2.0),
+    "gemma3_text": WINDOWS | dict(head_dim=8), "gpt_oss": EXPERTS | WINDOWS | dict(head_dim=8),
+    "granite": dict(logits_scaling=3.0), "cohere": dict(logit_scale=0.25),
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256)}
+PLAIN = {  # models whose layers carry a state, attend in chunks, or know distance otherwise
+    "mamba": dict(state_size=4), "bloom": dict(n_head=4, n_layer=2), "falcon_h1": dict(
+        mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1),
+    "llama4_text": EXPERTS | dict(head_dim=8, intermediate_size_mlp=48, attention_chunk_size=8)}
 # fmt: on
 
 
-def small_model(name, **settings):
+def small_model(name):
     """A random model, its weights large enough that soft caps, windows and biases show."""
     torch.manual_seed(0)
-    settings = SMALL | (MODELS | PLAIN_MODELS).get(name, {}) | settings
-    config = AutoConfig.for_model(name.split()[-1], **settings)
-    model = AutoModel.from_config(config, dtype=torch.float32).eval()
+    config = AutoConfig.for_model(name.split()[-1], **SMALL | (SHARED | PLAIN).get(name, {}))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for param in model.parameters():
         param.data += 0.1 * torch.randn_like(param)
     return model
@@ -162,789 +154,510 @@ def small_model(name, **settings):
 def random_pairs(count=5):
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 25, (count, 3))
-    triples = [[rng.integers(3, 97, n).astype(np.int32) for n in row] for row in sizes]
-    return [alphapo.Pair(*triple, f"pairs:{i + 1}") for i, triple in enumerate(triples)]
+    return [alphapo.Pair(*(rng.integers(3, 97, n, np.int32) for n in row)) for row in sizes]
 
 
 def own_logps(model, pair):
-    """Mean log-probabilities from the model's own forward pass, unpadded."""
-    means, prompt = [], pair.prompt
-    for response in pair[1:3]:
-        ids = torch.tensor(np.append(prompt, response), dtype=torch.long)[None]
-        logps = model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(1)
-        means.append(logps[:-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :].mean())
+    """Mean log-probabilities of both responses by the model's own loss, but for labels of -100."""
+    means = []
+    for response in (pair.chosen, pair.rejected):
+        ids = torch.tensor(np.append(pair.prompt, response))[None].long()
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(pair.prompt), -100)
+        means.append(-model(input_ids=ids, labels=labels, use_cache=False).loss)
     return torch.stack(means)
 
 
-@cases("name", [*MODELS, *PLAIN_MODELS])
-@torch.no_grad()
-def test_rows_give_the_models_own_logps_and_the_check_says_where_shared_ones_would_not(name):
-    """Against float64. Shared rows run in float64 too, where only our logits are float32."""
-    model, pairs = small_model(name), random_pairs()
-    exact = copy.deepcopy(model).double()
-    want = torch.stack([own_logps(exact, pair) for pair in pairs])
-    for plain in (True, False) if name in MODELS else (True,):
-        rows = alphapo.make_rows(pairs, plain)
-        assert rows.input_ids.shape[1] % 8 == 0 and (rows.segments == -1).any()
-        logps = torch.stack(alphapo.pair_logps(model if plain else exact, rows), 1).double()
-        assert_close(logps, want, rtol=2e-6, atol=2e-5 if plain else 2e-6)
-    reason, found = alphapo.check_model(model, pairs[0])
-    assert_close(found.double(), want[0], rtol=1e-5, atol=1e-5)
-    assert (reason is None) == (name in MODELS)
+EVAL = list(map(json.loads, (TINY / "eval.jsonl").read_text().splitlines()))
+FLAGS = ["--data", f"{TINY}/eval.jsonl", *"--max-steps 4 --batch-size 5 --device cpu".split()]
 
 
-def test_the_check_tells_a_leak_from_a_broken_model_and_from_an_error_of_ours(monkeypatch):
-    model, pair, own_masks = small_model("llama"), random_pairs()[0], alphapo.attention_masks
-    for name in ("bert", "roberta"):
-        with raises(UserError, match="see later ones"):
-            alphapo.check_model(small_model(name), pair)
-    # without the mask's part below the diagonal, the rejected response sees the chosen one
-    monkeypatch.setattr(alphapo, "attention_masks", lambda *args: own_masks(*args).triu(1))
-    assert "off by" in alphapo.check_model(model, pair)[0]
-    monkeypatch.setattr(alphapo, "attention_masks", lambda *args: torch.empty(2**60))
-    with raises(RuntimeError):  # to be out of memory is no reason to fall back
-        alphapo.check_model(model, pair)
-    model.lm_head.weight.data[5] = math.nan
-    with raises(UserError, match="--model.*not finite"):
-        alphapo.check_model(model, pair)
-
-
-@cases("softcap", [None, 1.5])
-@cases("chunk", [1, 97 * 7, 2**24])
-def test_projection_in_chunks_has_the_plain_values_and_gradients(monkeypatch, chunk, softcap):
-    monkeypatch.setitem(alphapo.ProjectedLogps.chunk, "cpu", chunk)
-    hidden, weight = (torch.randn(size, 16, requires_grad=True) for size in (40, 97))
-    targets, push = torch.randint(97, (40,)), torch.randn(40)
-    logits = (hidden @ weight.T).double()
-    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
-    plain = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
-    logps = alphapo.ProjectedLogps.apply(hidden, weight, targets, softcap)
-    assert_close(logps.double(), plain, rtol=1e-5, atol=1e-5)
-    grads = [torch.autograd.grad((x * push).sum(), (hidden, weight)) for x in (logps, plain)]
-    assert_close(*grads, rtol=1e-5, atol=1e-5)
-
-
-@cases("name", ["llama", "window of 5, mistral", "gemma2", "phi3"])
-def test_dropout_is_off_and_a_micro_batch_in_bf16_runs_on_the_meta_device(name):
-    """A stand-in for a GPU: what mixes devices, or would wait for one, raises there. A sparse
-    gradient does wait, once a micro-batch at the end of its backward pass."""
-    small_model(name).save_pretrained("model")
-    model, rows = alphapo.load_model("model", checkpointing=True), alphapo.make_rows(random_pairs())
-    assert model.training and torch.equal(*(alphapo.pair_logps(model, rows)[0] for _ in range(2)))
-    assert not any(getattr(model.config, key, 0) for key in DROPOUT)
-    model.to("meta", torch.bfloat16).get_input_embeddings().sparse = False
-    tensors = {key: x.to("meta") for key, x in vars(rows).items() if isinstance(x, torch.Tensor)}
-    logps = alphapo.pair_logps(model, alphapo.replace(rows, **tensors))
-    alphapo.alphapo_loss(*logps, 0.25, 2.5, 0.1)[0].sum().backward()
-    assert all(param.grad.dtype == torch.bfloat16 for param in model.parameters())
-
-
-# ------------------------------------------------------------------------------------ gradients
-def LOSS(chosen_logps, rejected_logps, *_):
-    return alphapo.alphapo_loss(chosen_logps, rejected_logps, 0.25, 2.5, 0.1)
-
-
-METRICS = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies "
-METRICS = (METRICS + "logps/chosen logps/rejected").split()
-
-
-def run_small(model, pairs, micro_tokens, plain=False, train=False):
-    config = alphapo.Config(device="cpu", micro_tokens=micro_tokens, plain_rows=plain)
-    return alphapo.run_pairs(model, pairs, range(len(pairs)), LOSS, config, train)
-
-
-@cases("name", ["llama", "tied llama", "gemma2"])
-def test_a_step_is_that_of_the_models_own_forward_pass(name):
-    """However it is split, laid out, recomputed or compiled (which is slow), or its gradients are
-    made: the embedding's is sparse where it is tied."""
-    small_model(name, num_hidden_layers=2).save_pretrained("model")
-    model, pairs, sparse = alphapo.load_model("model"), random_pairs(9), name != "llama"
-    assert model.get_input_embeddings().sparse == sparse
-    others = [(model, 10**6), (model, 1), (model, 90), (model, 90, True)]
-    others += [(alphapo.load_model("model", checkpointing=True), 90)]
-    if name == "llama":
-        compiled = alphapo.load_model("model")
-        for layer in compiled.model.layers:
-            layer.compile(dynamic=True, backend="inductor" if SLOW else "aot_eager")
-        others += [(compiled, 90)]
-    model.get_input_embeddings().sparse = False
-    chosen, rejected = torch.stack([own_logps(model, pair) for pair in pairs], 1)
-    losses, *rewards = LOSS(chosen, rejected)
-    losses.mean().backward()
-    margins = rewards[0] - rewards[1]
-    values = losses, *rewards, margins, margins > 0, chosen, rejected
-    metrics = dict(zip(METRICS, [value.double().mean().item() for value in values]))
-    gradients = [param.grad.clone() for param in model.parameters()]
-    for other, micro_tokens, *plain in others:
-        other.get_input_embeddings().sparse = sparse
-        other.zero_grad()
-        found = run_small(other, pairs, micro_tokens, *plain, train=True)
-        assert found == pytest.approx(metrics, rel=1e-5, abs=1e-5)
-        assert_close([p.grad for p in other.parameters()], gradients, rtol=1e-4, atol=1e-5)
-    found, other.get_input_embeddings().sparse = [p.grad for p in other.parameters()], False
-    other.zero_grad()
-    run_small(other, pairs, 90, train=True)
-    assert_close([p.grad for p in other.parameters()], found, rtol=1e-6, atol=1e-7)
-
-
-@cases("plain", [False, True])
-def test_micro_batches_hold_every_index_once_and_keep_to_the_budget(plain):
-    pairs = random_pairs(40)
-    sizes = alphapo.row_tokens(pairs, plain)
-    for i in range(40):  # counted in rows of one pair: the tokens, and what pads plain rows
-        rows = alphapo.make_rows([pairs[i]], plain)
-        assert sizes[i] == int((rows.segments >= 0).sum(1).max()) * len(rows.input_ids)
-    batches = alphapo.micro_batches(sizes, sorted(range(40), key=lambda i: -sizes[i]), 150)
-    assert sorted(sum(batches, [])) == list(range(40)) and 3 < len(batches) < 40
-    for batch in batches:
-        rows = alphapo.make_rows([pairs[i] for i in batch], plain)
-        rounding = 7 * len(rows.input_ids)  # widths go up to a multiple of 8
-        assert rows.input_ids.numel() <= 150 + rounding or len(batch) == 1
-
-
-# ------------------------------------------------------------------------------------ weights
-@cases("places", [*itertools.product(("cpu", "cpu:0"), repeat=2)])
-@cases("learning_rate", [1e-3, 7e-7])
-@cases("dtype", [torch.float32, torch.bfloat16])
-def test_masters_are_plain_adamw_to_the_bit(dtype, learning_rate, places, monkeypatch):
-    """Twenty clipped steps, in two micro-batches each, the second so small that a sum in bf16 would
-    lose it. cpu:0 is the CPU under another name, which takes the code that a GPU's host takes."""
-    empty = torch.empty  # without a GPU there is no pinned memory
-    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=0, **more: empty(*args, **more))
-    torch.manual_seed(0)
-    model, push = torch.nn.Linear(64, 64), torch.randn(64, 64).to(dtype)
-    weight = copy.deepcopy(model.weight)
-    optimizer = alphapo.MasterAdamW(model, "cpu", dtype, *places)
-    adamw = torch.optim.AdamW([weight], lr=learning_rate, weight_decay=0.0, fused=True)
-    (model.weight * math.inf).sum().backward()
-    with raises(FloatingPointError):  # and nothing changes
-        optimizer.step(learning_rate, 1.0)
-    torch._foreach_zero_(list(optimizer.sums.values()))
-    for _ in range(20):
-        for scale in (1, 2**-9):
-            (model.weight * (scale * push)).sum().backward()
-        norm = optimizer.step(learning_rate, 1.0)
-        weight.grad = (1 + 2**-9) * push.float()
-        assert norm == torch.nn.utils.clip_grad_norm_([weight], 1.0).item()
-        adamw.step()
-    master = optimizer.states["weight"]["master"]
-    assert torch.equal(master, weight) and torch.equal(model.weight, weight.to(dtype))
-
-
-SHORT = "--max-steps 6 --batch-size 4 --save-every 1 --device cpu --dtype float32".split()
-SHORT += ["--data", EVAL]
-
-
-def resolved(**settings):
-    """Settings for the tiny model and 294 of its pairs, with 6 held out."""
-    settings = alphapo.PRESETS["tiny"] | dict(data=EVAL, eval_data=None) | settings
-    return alphapo.resolve(alphapo.Config(**settings))
-
-
-# ------------------------------------------------------------------------------------ pairs
-TOKENIZER = AutoTokenizer.from_pretrained(TINY)
+def tiny_config(**settings):
+    """Four steps of the tiny model on 294 pairs, with 6 held out."""
+    return alphapo.resolve(alphapo.Config(**vars(alphapo.parse_arguments(FLAGS)) | settings))
 
 
 def write_rows(rows, name="pairs.jsonl"):
-    """Rows as lines of JSON; bytes go as they are."""
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    Path(name).write_bytes(b"\n".join(lines) + b"\n")
+    Path(name).write_text("\n".join(map(json.dumps, rows)))
+    return name
 
 
-def load(rows, tokenizer=TOKENIZER, max_length=256, max_prompt_length=128, name="pairs.jsonl"):
-    """(pairs, notes) of a file, which holds these rows if any are given."""
-    if rows:
-        write_rows(rows, name)
-    config = alphapo.Config(max_length=max_length, max_prompt_length=max_prompt_length)
-    return alphapo.load_pairs(name, tokenizer, config)
+def results(run):
+    """The log of a run, but for the time that things took, and the file of its weights."""
+    log = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
+    log = [{name: x for name, x in line.items() if "seconds" not in name} for line in log]
+    return log, Path(run, "model.safetensors").read_bytes()
 
 
-def texts(pairs):
-    return [tuple(TOKENIZER.decode(ids) for ids in pair[:3]) for pair in pairs]
+# -------------------------------------------------------------------- rows and log-probabilities
+def test_a_pair_is_one_row_in_which_the_last_token_of_the_prompt_stands_twice():
+    pair = alphapo.Pair(*map(np.array, ([11, 12, 13], [21, 22], [31, 32, 33])))
+    input_ids, position_ids, segments, targets = alphapo.make_rows([pair])
+    assert input_ids.tolist() == [[11, 12, 13, 21, 13, 31, 32, 0]]  # padded to a multiple of 8
+    assert position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0]]
+    assert segments.tolist() == [[0, 0, 1, 1, 2, 2, 2, -1]]
+    assert targets.tolist() == [21, 22, 31, 32, 33]  # what segments 1 and 2 predict
+    assert [alphapo.pair_tokens(pair, plain_rows) for plain_rows in (False, True)] == [7, 10]
+    masks = alphapo.attention_masks(SimpleNamespace(), position_ids, segments, torch.float32)
+    seen = "1....... 11...... 111..... 1111.... 11..1... 11..11.. 11..111.".split()
+    assert ["".join(".1"[int(x == 0)] for x in row) for row in masks[0, 0, :7]] == seen
+    input_ids = alphapo.make_rows([pair], plain_rows=True)[0]
+    assert input_ids.tolist() == [[11, 12, 13, 21, 0, 0, 0, 0], [11, 12, 13, 31, 32, 0, 0, 0]]
 
 
-def user(text, role="user"):
-    return {"role": role, "content": text}
+@pytest.mark.parametrize("name", [*SHARED, *PLAIN])
+@torch.no_grad()
+def test_rows_give_the_models_own_log_probabilities_and_where_not_the_check_finds_it(name):
+    model, pairs = small_model(name), random_pairs()
+    own = torch.stack([own_logps(model, pair) for pair in pairs])
+    for plain_rows in (True, False) if name in SHARED else (True,):
+        found = torch.stack(alphapo.pair_logps(model, pairs, plain_rows), 1)
+        assert_close(found, own, rtol=2e-6, atol=0)
+    reason, short, logps = alphapo.check_model(model, pairs)
+    assert (reason is None) == (name in SHARED)
+    assert_close(logps, own_logps(model, short), rtol=2e-6, atol=0)
 
 
-def sides(*before, chosen="fox", rejected="an owl"):
-    """Two conversations that go on with the assistant."""
-    ends = dict(chosen=chosen, rejected=rejected)
-    return {key: [*before, user(text, "assistant")] for key, text in ends.items()}
+# ------------------------------------------------------------------------------------ a step
+def test_micro_batches_take_the_longest_first_and_no_more_than_their_tokens():
+    tokens = {"a": 20, "b": 8, "c": 6, "d": 6, "e": 5, "f": 4}  # a row is padded to the longest
+    batches = alphapo.micro_batches("abcdef", tokens, 16)
+    assert batches == [["a"], ["b", "c"], ["d", "e"], ["f"]]
+
+
+@pytest.mark.parametrize("name", ["llama", "tied llama", "gemma2", "phi3", "gpt_oss"])
+def test_a_step_is_autograd_of_the_models_own_forward_pass(name):
+    """Every metric and every gradient, however the step is split, laid out or recomputed."""
+
+    def loss_fn(chosen_logps, rejected_logps, *_):
+        return alphapo_loss(chosen_logps, rejected_logps, 0.25, BETA, GAMMA)
+
+    model, pairs = small_model(name), random_pairs(9)
+    logps = torch.stack([own_logps(model, pair) for pair in pairs], 1)
+    losses, *rewards = loss_fn(*logps)
+    losses.mean().backward()
+    gradients = {key: param.grad.clone() for key, param in model.named_parameters()}
+    values = losses, *rewards, rewards[0] - rewards[1], rewards[0] > rewards[1], *logps
+    # TRL's names
+    names = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen"
+    metrics = dict(zip([*names.split(), "logps/rejected"], torch.stack(values).mean(1).tolist()))
+    for change in {"micro_tokens": 1}, {"plain_rows": True}, {"gradient_checkpointing": True}:
+        config = tiny_config(**dict(micro_tokens=90, offload="false") | change)
+        model = alphapo.shard(model, None, config, pin_memory=False)
+        model.zero_grad()
+        with contextlib.ExitStack() as on_exit:
+            alphapo.start_processes(config, on_exit)
+            found = alphapo.run_pairs(model, pairs, range(9), loss_fn, config, training=True)
+        assert found == pytest.approx(metrics, rel=1e-5, abs=1e-5)
+        found = {key: param.grad for key, param in model.named_parameters()}
+        assert_close(found, gradients, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ settings
+def test_flags_and_presets_are_those_of_help_and_of_the_paper(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        alphapo.main(["--help"])
+    flags = re.findall(r"\n  --([\w-]+)", capsys.readouterr().out)
+    assert flags == [name.replace("_", "-") for name in vars(alphapo.Config())]
+    paper = {"mistral-7b-instruct": (0.25, 2.5, 0.1, 7e-7), "gemma-2-9b-it": (0.1, 10, 0.5, 8e-7)}
+    paper["llama-3-8b-instruct"] = (0.25, 10, 0.3, 1.1e-6)
+    for name, knobs in paper.items():  # alpha, beta, gamma / beta and learning rate
+        config = alphapo.parse_arguments(["--model", name])
+        found = config.alpha, config.beta, config.gamma / config.beta, config.learning_rate
+        assert found == knobs
+    assert alphapo.parse_arguments(["--data", "mine.jsonl"]).eval_data is None
+    config = alphapo.resolve(alphapo.parse_arguments("--alpha 0.5 --max_steps 3 --plan".split()))
+    changes = dict(alpha=0.5, max_steps=np.int64(3), plan="true", model=TINY)  # are converted
+    assert config == alphapo.resolve(alphapo.Config(**alphapo.PRESETS["tiny"] | changes))
+
+
+# ------------------------------------------------------------------------------------ pairs
+BRIEF, USER = dict(role="system", content="Be brief."), dict(role="user", content="Say fox.")
+FOX, OWL = ([dict(role="assistant", content=text)] for text in ("fox", "owl"))
+BOTH = {"chosen": [USER, *FOX], "rejected": [USER, *OWL]}
+SAY = "<|im_start|>user\nSay fox.<|im_end|>\n<|im_start|>assistant\n"
+TEXT = {"prompt": SAY, "chosen": "fox", "rejected": "owl"}
+SAME = (SAY, "fox<|im_end|>", "owl<|im_end|>")
+SHAPES = [  # of rows that say the same
+    BOTH,
+    BOTH | {"prompt": [USER], "score": 3.5, "images": [], "messages": [USER]},
+    BOTH | {"prompt": "Say fox."},  # as in UltraFeedback
+    {"prompt": [USER], "chosen": FOX, "rejected": OWL},
+    {"prompt": "Say fox.", "chosen": FOX, "rejected": OWL},
+    {"prompt": SAY, "chosen": SAY + "fox", "rejected": SAY + "owl"},
+    {"chosen": SAY + "fox<|im_end|>", "rejected": SAY + "owl<|im_end|>\n"},
+]
+
+
+def load(name, **settings):
+    """The pairs of a file as texts, in its order, and the notes."""
+    config = tiny_config(data=name, eval_split=0, **settings)
+    tokenizer, pairs, _, notes, _ = alphapo.load_data(config)
+    pairs = sorted(pairs, key=lambda pair: int(re.findall(r"\d+", pair.place)[-1]))
+    return [tuple(tokenizer.decode(ids) for ids in pair[:3]) for pair in pairs], notes
+
+
+def test_every_shape_of_row_and_every_kind_of_file_gives_the_same_tokens():
+    assert load(write_rows(SHAPES)) == ([SAME] * len(SHAPES), {})
+    write_rows([TEXT] * 3, "lines.json")
+    Path("list.json").write_text("\ufeff" + json.dumps([TEXT] * 3, indent=1), "utf-8")
+    Path("pairs.csv").write_text("prompt,chosen,rejected\n" + f'"{SAY}",fox,owl\n' * 3)
+    datasets.Dataset.from_list([TEXT] * 3).to_parquet("pairs.parquet")
+    for name in ("lines.json", "list.json", "pairs.csv", "pairs.parquet"):
+        assert load(name) == ([SAME] * 3, {})
+
+
+def chat(begin, turn, start, answer, end=""):
+    """A chat template: begin, a turn for each message, start and answer for the assistant's."""
+    turn = f"{{% if m.role == 'assistant' %}}{start}{answer}{{% else %}}{turn}{{% endif %}}"
+    last = f"{{% if add_generation_prompt %}}{start}{{% else %}}{end}{{% endif %}}"
+    template = f"{begin}{{% for m in messages %}}{turn}{{% endfor %}}{last}"
+    return template.replace("ROLE", "{{ m.role }}").replace("TEXT", "{{ m.content }}")
 
 
 # fmt: off
-LONG, END = [user("Hi."), user("Hello.", "assistant"), user("Say fox.")], "<|im_end|>"
-SAY = "<|im_start|>user\nSay fox.<|im_end|>\n<|im_start|>assistant\n"
-CHAT = (SAY, "fox" + END, "an owl" + END)
-HI = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
-LONG_CHAT = (HI + SAY, *CHAT[1:])
-TEXT = {"prompt": "Say fox:", "chosen": " a fox", "rejected": " owl"}
-TEXTS = ("Say fox:", " a fox" + END, " owl" + END)
-DIGITS = json.dumps(TEXT).replace("{", '{"id": ' + "9" * 5000 + ", ").encode()
-SHAPES = {
-    "standard": (TEXT, TEXTS),
-    "texts that part between tokens": (
-        {"chosen": "It is blue", "rejected": "It is bad"}, ("It is b", "lue" + END, "ad" + END)),
-    "a text that begins the other": (
-        {"chosen": "Q? Yes", "rejected": "Q? Yes, no"}, ("Q? Y", "es" + END, "es, no" + END)),
-    "conversational": (dict(prompt=LONG, **sides()), LONG_CHAT),
-    "conversational, implicit": (sides(*LONG), LONG_CHAT),
-    "prompt repeated by the conversations": (dict(prompt=LONG, **sides(*LONG)), LONG_CHAT),
-    "UltraFeedback": (dict(prompt="Say", **sides(user("Say fox."))), CHAT),
-    "UltraFeedback, the assistant's turn alone": (
-        dict(prompt="Say fox.", **sides(chosen="fox ", rejected="owl\n")),
-        (SAY, "fox " + END, "owl\n" + END)),
-    "with columns that are ignored": (TEXT | {"score": 3.5, "messages": [user("Hi.")]}, TEXTS),
-    "with an integer of 5,000 digits": (DIGITS, TEXTS),
-    "after a byte order mark": (b"\xef\xbb\xbf" + json.dumps(TEXT).encode(), TEXTS),
-}
-BOS = dict(adds_bos=True)
-CHATS = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-CD = dict(prompt=[user("cd")], **sides(chosen="e", rejected="f"))
-ENCODED = {  # (tokenizer, row, tokens of its parts, a note), 12 tokens, 5 of a cut prompt
-    "merges across the boundary": ({}, ("cda", "bc", "dc"), "cd abc</s> adc</s>", ""),
-    "no end of turn": (dict(eos_token=None), ("c", "d", "e"), "c d e", "no EOS"),
-    "BOS by the tokenizer": (BOS, ("cd", "e", "f"), "<s>cd e</s> f</s>", ""),
-    "BOS twice": (BOS, ("<s>cd", "e", "f"), "<s>cd e</s> f</s>", ""),
-    "BOS by a template": (BOS | dict(chat_template="<s>" + CHATS), CD, "<s>cd</s> e</s> f</s>", ""),
-    "more after a turn": (dict(chat_template=CHATS + " <s> "), CD, "cd</s> e</s> f</s>", ""),
-    "EOS is UNK": (dict(chat_template=CHATS, unk_token="</s>"), CD, "cd</s> e</s> f</s>", ""),
-    "fits exactly": (BOS, ("cdefgh", "cccc", "ddd"), "<s>cdefgh cccc</s> ddd</s>", ""),
-    "a cut prompt": (BOS, ("cdefgh", "c" * 8, "ddd"), "<s>efgh ccccccc ddd</s>", "prompts trunc"),
-    "cut responses": (BOS, ("cde", "c" * 9, "d" * 9), "<s>cde cccccccc dddddddd", "response"),
+CHATML = "<|im_start|>ROLE\nTEXT<|im_end|>\n", "<|im_start|>assistant\n", "TEXT<|im_end|>\n"
+LLAMA = ("<|begin_of_text|>", "<|start_header_id|>ROLE<|end_header_id|>\n\nTEXT<|eot_id|>",
+         "<|start_header_id|>assistant<|end_header_id|>\n\n", "{{ m.content | trim }}<|eot_id|>")
+GEMMA = ("<bos>", "<start_of_turn>user\nTEXT<end_of_turn>\n", "<start_of_turn>model\n",
+         "TEXT<end_of_turn>\n")
+SYSTEM = "<start_of_turn>user\n{{ messages[0].content }}\n\nTEXT<end_of_turn>\n"
+THOUGHT = "<think>\nA fox.\n</think>\n\n"
+QWEN3 = chat("", CHATML[0], "<|im_start|>assistant\n{{ no_think if enable_thinking is false }}",
+             "{{ m.content | replace('.</', '.\n</') }}<|im_end|>\n")
+TEMPLATES = {  # small likenesses, and what is learnt of an answer: to the end of its turn
+    "ChatML": (chat("", *CHATML), "fox<|im_end|>"),
+    "Llama-3": (chat(*LLAMA), "fox<|eot_id|>"),
+    "Llama-3, which first wrote a header at the end": (chat(*LLAMA, LLAMA[2]), "fox<|eot_id|>"),
+    "Mistral v0.2": (chat("<s>", "[INST] TEXT [/INST]", "", "TEXT</s>"), "fox</s>"),
+    "Gemma-2": (chat(*GEMMA), "fox<end_of_turn>"),
+    "Gemma-3": (chat("<bos>", "{% if loop.index > 1 %}" + SYSTEM + "{% endif %}", *GEMMA[2:]),
+                "fox<end_of_turn>"),
+    "Phi-3": (chat("", "<|ROLE|>\nTEXT<|end|>\n", "<|assistant|>\n", "TEXT<|end|>\n",
+                   "<|endoftext|>"), "fox<|end|>"),
+    "Qwen2.5": (chat("<|im_start|>system\nYou are Qwen.<|im_end|>\n", *CHATML), "fox<|im_end|>"),
+    "Qwen3": (QWEN3, THOUGHT + "fox<|im_end|>"),
+    "Qwen3, not thinking": (QWEN3, "fox<|im_end|>"),
+    "Zephyr": (chat("", "<|ROLE|>\nTEXT</s>\n", "<|assistant|>\n", "TEXT</s>\n"), "fox</s>"),
+    "gpt-oss": (chat("", "<|start|>ROLE<|message|>TEXT<|end|>", "<|start|>assistant",
+                     "<|channel|>final<|message|>TEXT<|return|>"),
+                "<|channel|>final<|message|>fox<|return|>"),
+    "Command-R7B": (chat("", "<|START|><|ROLE|>TEXT<|END_TURN|>", "<|START|><|assistant|>",
+                         "<|RESPONSE|>TEXT<|END_RESPONSE|><|END_TURN|>"),
+                    "<|RESPONSE|>fox<|END_RESPONSE|><|END_TURN|>"),
 }
 # fmt: on
 
 
-@cases("shape", SHAPES)
-def test_every_shape_of_row(shape):
-    row, want = SHAPES[shape]
-    assert texts(load([row])[0]) == [want]
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_tokens_of_a_template(name):
+    """The tiny model's tokenizer gets the template, its tokens, and the one at which to stop."""
+    template, learnt = TEMPLATES[name]
+    tokens = re.findall(r"<\|\w+\|>|<\w+_of_turn>|<bos>|</?s>", template)
+    tokenizer = AutoTokenizer.from_pretrained(TINY, additional_special_tokens=tokens)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained("model")
+    stops = [0, tokenizer.convert_tokens_to_ids(re.findall(r"<[^<]*>", learnt)[-1])]
+    Path("model/generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    prompt = [USER] if name in ("Mistral v0.2", "Qwen2.5") else [BRIEF, USER]
+    answer = [FOX[0] | {"content": "<think>\nA fox.</think>\n\nfox"}] if name == "Qwen3" else FOX
+    options = {"enable_thinking": "not" not in name, "no_think": "<think>\n\n</think>\n\n"}
+    row = {"prompt": prompt, "chosen": answer, "rejected": OWL, "chat_template_kwargs": options}
+    [(prompt_text, chosen, rejected)], _ = load(write_rows([row]), model="model")
+    assert chosen == learnt and rejected == learnt.replace(THOUGHT, "").replace("fox", "owl")
+    options |= {"tokenize": False, "add_generation_prompt": True}
+    assert prompt_text == tokenizer.apply_chat_template(prompt, **options)
 
 
-def test_files_and_hub_hold_every_pair_in_order(monkeypatch):
-    rows = [TEXT | {"prompt": f"Say {i}:", "chosen": " fox" * (i + 1)} for i in range(7)]
-    want = [(f"Say {i}:", " fox" * (i + 1) + END, TEXTS[2]) for i in range(7)]
-    pairs, calls, stand_in = load(rows)[0], [], type(sys)("datasets")
-    assert texts(pairs) == want and pairs[0].prompt.dtype == np.int32
-    assert [pair.place for pair in pairs] == [f"pairs.jsonl:{i + 1}" for i in range(7)]
-    Path("pairs.json").write_text("\ufeff" + json.dumps(rows, indent=1), "utf-8")
-    lines = [",".join(row) for row in (TEXT, *(row.values() for row in rows))]
-    Path("pairs.csv").write_text("\n".join(lines))
-    stand_in.load_dataset = lambda *args, **options: calls.append((*args, options)) or rows
-    monkeypatch.setitem(sys.modules, "datasets", stand_in)
-    for name in ("pairs.json", "pairs.csv", "pairs.parquet", "someone/pairs", "someone/pairs:test"):
-        pairs, _ = load(None, name=name)
-        assert texts(pairs) == want and pairs[1].place == f"{name}: row 2"
-    assert calls[0] == ("parquet", {"data_files": "pairs.parquet", "split": "train"})
-    assert calls[1:] == [("someone/pairs", {"split": split}) for split in ("train", "test")]
+def test_texts_are_tokenized_whole_begin_with_one_bos_end_with_eos_and_are_cut_where_too_long():
+    """Each digit is one token, and " fox" another. As where a model is served, the text <|im_end|>
+    is the token. Of twelve tokens at most, a prompt that must be cut keeps five."""
+    bos, end = "<|im_start|>", "<|im_end|>"
+    tokenizer = AutoTokenizer.from_pretrained(TINY, bos_token=bos)
+    begin = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, 1)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    tokenizer.save_pretrained("model")
+    cases = {
+        ("Say f", "ox", "er"): (bos + "Say", " fox" + end, " fer" + end),
+        (bos + "12", "3", "34"): (bos + "12", "3" + end, "34" + end),
+        ("1" + end + "2345678", "9", "0"): (bos + "1" + end + "2345678", "9" + end, "0" + end),
+        ("12345678", "444444", "5"): (bos + "5678", "444444" + end, "5" + end),
+        ("12", "3" * 12, "4" * 12): (bos + "12", "3" * 9, "4" * 9),
+    }
+    rows = write_rows(dict(zip(TEXT, texts)) for texts in cases)
+    texts, notes = load(rows, model="model", max_length=12, max_prompt_length=5)
+    assert texts == list(cases.values())
+    assert notes == {"prompts truncated": 1, "pairs with a response truncated": 1}
 
 
-def merging_tokenizer(adds_bos=False, **options):
-    """Letters, and one merge: "a" before "b" becomes one token, across any boundary."""
-    letters = ["<s>", "</s>", *"abcdefgh :", "ab"]
-    inner = Tokenizer(models.BPE({x: i for i, x in enumerate(letters)}, [("a", "b")]))
-    if adds_bos:
-        template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-        inner.post_processor = template
-    options = dict(tokenizer_object=inner, bos_token="<s>", eos_token="</s>") | options
-    return PreTrainedTokenizerFast(**options)
-
-
-@cases("name", ENCODED)
-def test_tokens_of_a_pair(name):
-    options, row, want, note = ENCODED[name]
-    row = row if isinstance(row, dict) else dict(zip(TEXT, row))
-    (pair,), notes = load([row], tokenizer := merging_tokenizer(**options), 12, 5)
-    tokens = ["".join(tokenizer.convert_ids_to_tokens(ids)) for ids in pair[:3]]
-    assert " ".join(tokens) == want and note in "".join(notes) and bool(note) == bool(notes)
-
-
-def test_pairs_that_cannot_teach_are_dropped_and_counted_once(capsys):
-    rows = [TEXT | {"chosen": ""}, TEXT | {"rejected": " \n"}, TEXT | {"rejected": " a fox"}]
-    rows += [TEXT | {"rejected": " fox" * 99, "chosen": " fox" * 90}]  # equal where they are cut
-    rows += [dict(prompt=[user("Hi.")], **sides(chosen=""))]
-    pairs, notes = load([TEXT, *rows], TOKENIZER, 24, 12)
-    kinds = "an empty prompt or response", "equal responses"
-    assert len(pairs) == 1 and [notes[f"pairs dropped for {x}"] for x in kinds] == [3, 2]
-    write_rows([*[TEXT] * 20, rows[2]])
-    _, pairs, held_out, _ = alphapo.load_data(resolved(data="pairs.jsonl", eval_split=0.2))
-    places = {pair.place for pair in pairs + held_out}
-    assert (len(pairs), len(held_out), len(places)) == (16, 4, 20)
-    assert "note: 1 pairs dropped for equal" in capsys.readouterr().out
-    config = resolved(data="pairs.jsonl", eval_data="pairs.jsonl")
-    assert alphapo.load_data(config)[3] == {"pairs dropped for equal responses": 2}
-    with raises(UserError) as error:
-        load([TEXT, *[b"nonsense"] * 25])
-    lines = str(error.value).split("\n")
-    assert lines[9].startswith("pairs.jsonl:11: not a pair") and "25 bad rows" in lines[9]
+def test_pairs_that_cannot_teach_are_dropped_and_counted_and_some_are_held_out():
+    text = {"prompt": "Write a word: un", "chosen": "happy", "rejected": "done"}
+    changes = {"chosen": ""}, {"chosen": " \n"}, {"rejected": ""}, {"rejected": "<|im_end|>"}
+    rows = [text | change for change in (*changes, {"rejected": "happy"}, {"prompt": ""})]
+    config = tiny_config(data=write_rows(rows + [text] * 21), eval_split=0.2)
+    _, pairs, held_out, notes, _ = alphapo.load_data(config)
+    assert (len(pairs), len(held_out)) == (17, 4)
+    assert {pair.place for pair in pairs + held_out} == {f"pairs.jsonl:{i}" for i in range(7, 28)}
+    for words, n in (("chosen is empty", 2), ("rejected is", 2), ("prompt is", 1), ("equal", 1)):
+        assert [count for note, count in notes.items() if words in note] == [n]
 
 
 # ------------------------------------------------------------------------------------ the model
-MODEL = AutoConfig.from_pretrained(TINY).to_dict(), load_file(TINY / "model.safetensors")
+def test_the_check_refuses_tokens_that_see_later_ones_and_finds_another_window(monkeypatch):
+    for name in ("bert", "roberta"):
+        with pytest.raises(UserError, match="causal"):
+            alphapo.check_model(small_model(name), random_pairs())
+    model = small_model("windows of 600, mistral")
+    long = random_pairs()[0]._replace(prompt=np.arange(900) % 97)  # of which the check runs 256
+    assert alphapo.check_model(model, [long])[0] is None
+    own, no_window = alphapo.attention_masks, SimpleNamespace()
+    monkeypatch.setattr(alphapo, "attention_masks", lambda _, *args: own(no_window, *args))
+    assert "window" in alphapo.check_model(model, [long])[0]
 
 
-def config(**changes):
-    return {"config.json": json.dumps(MODEL[0] | changes)}
+# ------------------------------------------------------------------------------------ the plan
+def test_weights_live_in_the_first_place_that_has_room(monkeypatch):
+    with torch.device("meta"):
+        mistral = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral"))  # of 7B
+    config = alphapo.Config(device="cuda", dtype="bfloat16", gradient_checkpointing=True)
+    for gpu, host, offload in (160, 8, "false"), (80, 128, "keep"), (24, 128, "layers"):  # GiB
+        monkeypatch.setattr(alphapo, "free_memory", dict(cuda=gpu, cpu=host).get)
+        plan = alphapo.find_place(config, mistral, random_pairs())
+        assert (plan["offload"], plan["fits"]) == (offload, True)
 
 
-def weights(**changes):
-    tensors = {name: x for name, x in (MODEL[1] | changes).items() if x is not None}
-    return {"model.safetensors": save(tensors, {"format": "pt"})}
-
-
-# fmt: off
-TURNS = dict(prompt=[user("Hi.")], **sides())
-GATE = "model.layers.1.mlp.gate_proj.weight"
-GONE, SMALLER, NAN = (weights(**{GATE: x}) for x in (
-    None, torch.ones(3), torch.full((384, 144), math.nan)))
-OWN = dict(model_type="own", auto_map={"AutoConfig": "own.C", "AutoModel": "own.M"})
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2181632\n"
-CALL = user("a") | {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
-BAD_INPUT = {  # what the line says: bad cases
-    # files of the model, or the name and settings of another
-    "safetensors": [{"model.safetensors": None, "pytorch_model.bin": "0"}],
-    "--model model: not loaded": [
-        dict.fromkeys(os.listdir(TINY)), {"config.json": None}, {"config.json": "{"},
-        {"tokenizer.json": None}, {"model.safetensors": "\0" * 100},
-        config(model_type="abacus"), config(**OWN)],
-    "--model model: ": [
-        config(model_type="t5", is_encoder_decoder=True), config(model_type="llava"),
-        config(model_type="clip"), config(num_key_value_heads=3), config(num_attention_heads=0),
-        config(hidden_size="many"), config(vocab_size=-5), ("llama", dict(vocab_size=50))],
-    "git lfs pull": [{"model.safetensors": LFS}],
-    "chat_template": [{"chat_template.jinja": None}],
-    "TemplateError('no system')": [{"chat_template.jinja": "{{ raise_exception('no system') }}"}],
-    "missing": [config(num_hidden_layers=5), GONE],
-    "unexpected": [config(num_hidden_layers=3), weights(new=torch.ones(3))],
-    "mismatched": [config(intermediate_size=392), SMALLER],
-    GATE: [GONE, SMALLER],
-    "not finite": [NAN],
-    "see later ones": [("bert", {})],
-    "pass --max-length": [("gpt2", dict(n_positions=12, max_position_embeddings=12))],
-    # what pairs.jsonl holds
-    "it is empty": [[b""], [b"\n"]],
-    "pairs.jsonl:1: not a pair": [
-        [b'{"chosen": "\xff", "rejected": "b"}'], [b"\0" * 50], [json.dumps(TEXT).encode()[:-9]],
-        [b'{"chosen":' * 10**5], [b"[1]", TEXT], [TEXT | {"rejected": 3}], [TEXT | {"prompt": 3}],
-        [TEXT | {"rejected": [user("a")]}], [TURNS | {"chosen": []}],
-        [TURNS | {"chosen": [{"role": "a"}]}], [TURNS | {"chosen": [user([{"text": "a"}])]}],
-        [TEXT | {"chosen": "\ud800"}]],
-    "pairs.jsonl:3: not a pair of texts or messages: KeyError": [[TEXT, b"", {"chosen": "a"}]],
-    "tool_calls": [[TURNS | {"chosen": [CALL]}], [TURNS | {"prompt": [user("a"), CALL]}]],
-    "must be a prompt up to the assistant's turn": [
-        [dict.fromkeys(("chosen", "rejected"), [user("Hi.", "assistant"), user("a")])], [sides()],
-        [TURNS | {"chosen": [user("fox")]}], [TURNS | {"prompt": [user("a", "assistant")]}],
-        [TURNS | {"chosen": [user("a", "assistant"), user("b", "assistant")]}]],
-    "for an empty prompt or response": [[TEXT | {"prompt": ""}]],
-    # arguments
-    "nowhere.jsonl: not loaded: No such": ["--data nowhere.jsonl", "--eval-data nowhere.jsonl"],
-    "folder.jsonl: not loaded: Is a directory": ["--data folder.jsonl"],
-    "not loaded: neither a .jsonl": ["--data pairs.txt", "--data pairs.jsonl.gz", "--data="],
-    "--data is missing": [f"--model {TINY}"],
-    "--gama: there is no such flag; did you mean --gamma?": ["--gama 1"],
-    "did you mean mistral-7b-instruct?": ["--model mistral-7b-instuct --data pairs.jsonl"],
-    "--model ./nowhere: not loaded": ["--model ./nowhere --data pairs.jsonl"],
-    "invalid": ["--beta much", "--device abacus", "--dtype float8"],
-    ": must be from": [
-        "--beta 0", "--beta -2", "--batch-size 0", "--learning-rate inf", "--alpha nan",
-        "--gamma -0.1", "--seed -1", "--eval-split 1"],
-    ": must be below": ["--max-length 64 --max-prompt-length 64"],
-    "torch sees no GPU": ["--device cuda", "--master-device cuda"],
-    "rehearsal: ": ["--data pairs.jsonl --eval-split 0 --alpha 1e5"],
-    "is not empty": ["--out folder.jsonl"],
-    "--out ": ["--out link", f"--out {'x' * 300}", "--out pairs.txt", "--out pairs.txt/out"],
-    "--resume: there is no checkpoint in": ["--resume", "--resume --out folder.jsonl"],
-}
-# fmt: on
-
-
-def ends_in_one_line(args, line, capsys, code=2):
-    """The script ends with this line alone, and leaves the folder as it was."""
-    before = sorted(Path().rglob("*"))
-    capsys.readouterr()
-    with raises(SystemExit) as exit:
-        alphapo.main(list(map(str, args)))
-    error = capsys.readouterr().err
-    assert exit.value.code == code and line in error, error[-500:]
-    assert len(error.strip().splitlines()) == 1, error[-2000:]
-    assert sorted(Path().rglob("*")) == before
-    return error
-
-
-@cases("line, case", [(line, case) for line, row in BAD_INPUT.items() for case in row])
-def test_bad_input_gets_one_line_and_status_2(line, case, capsys):
-    shutil.copytree(TINY, "model", ignore=shutil.ignore_patterns("*.jsonl", "*.py", "__*"))
-    if isinstance(case, tuple):
-        small_model(case[0], **dict(vocab_size=640) | case[1]).save_pretrained("model")
-    for name, content in case.items() if isinstance(case, dict) else ():
-        path = Path("model", name)
-        path.unlink(missing_ok=True)
-        if content is not None:
-            path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    for name in ("pairs.jsonl", "pairs.txt", "pairs.jsonl.gz"):
-        write_rows(case if isinstance(case, list) else [TURNS], name)
-    Path("folder.jsonl/.partial-x").mkdir(parents=True)
-    Path("link").symlink_to("dangling")
-    args = "--model model --data pairs.jsonl --eval-split 0 --max-steps 1".split()
-    error = ends_in_one_line(case.split() if isinstance(case, str) else args, line, capsys)
-    if remedy := re.search(r"(--max-length) (\d+)", error):
-        alphapo.main([*args, *remedy.groups()])
-        assert Path("out/summary.json").exists()
-
-
-# ------------------------------------------------------------------------------------ training
-def metrics_of(folder):
-    """The log, without how long things took."""
-    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if "seconds" not in k} for x in lines]
-
-
-def weights_of(folder):
-    return Path(folder, "model.safetensors").read_bytes()
-
-
-def assert_same_log(ours, want, tolerance):
-    for a, b in zip(metrics_of(ours), metrics_of(want), strict=True):
-        a["tokens"] = b["tokens"] = 0  # that plain rows take more of them is their point
-        assert a == pytest.approx(b, rel=tolerance, abs=tolerance), ours
-
-
-def test_the_rehearsal_runs_the_largest_micro_batches_and_leaves_no_trace(monkeypatch):
-    """The first step's weights are those of a step made by hand, without a rehearsal."""
-    config, calls, run = resolved(max_steps=1, batch_size=8), [], alphapo.run_pairs
-
-    def watched(model, pairs, indices, loss_fn, config, train=False):
-        assert not torch.backends.cuda.cudnn_sdp_enabled()  # its backward pass can give NaN
-        calls.append((train, list(indices)))
-        return run(model, pairs, indices, loss_fn, config, train)
-
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    monkeypatch.setattr(alphapo, "run_pairs", watched)
-    alphapo.train(config)
-    pairs, model = alphapo.load_data(config)[1], alphapo.load_model(str(TINY))
-    order = np.random.default_rng([42, 0]).permutation(len(pairs))[:8].tolist()
-    *rehearsal, before, step, after = calls
-    assert before[0] is after[0] is False and step == (True, order)
-    first, tokens = sum((x for _, x in rehearsal), []), alphapo.row_tokens(pairs, False)
-    copies = np.clip(512 // tokens, 1, 8)
-    sizes = np.stack([tokens, copies * tokens, copies * tokens**2])  # the last: of masks
-    assert (sizes[:, first].max(1) == sizes.max(1)).all()
-    assert all(first.count(i) == copies[i] for i in first)
-    optimizer = alphapo.MasterAdamW(model, "cpu", torch.float32, "cpu", "cpu")
-    run(model, pairs, order, LOSS, config, train=True)
-    optimizer.step(config.learning_rate / 2, 1.0)
-    written = AutoModel.from_pretrained("out").state_dict()
-    assert all(torch.equal(written[k], x.bfloat16()) for k, x in model.state_dict().items())
-
-
-def test_a_rehearsal_that_goes_wrong_ends_the_run(monkeypatch):
-    settings, own = resolved(max_steps=1, batch_size=4, dtype="bfloat16"), alphapo.pair_logps
-
-    def wrong_in_bf16(model, rows):
-        wrong = model.get_input_embeddings().weight.dtype == torch.bfloat16
-        return tuple(x * (1.3 if wrong else 1) for x in own(model, rows))
-
-    with raises(UserError, match="rehearsal.*gradient norm"):  # the slope of a root is endless
-        alphapo.train(settings, lambda c, r, *_: ((c - c.detach()).sqrt(), c.detach(), r.detach()))
-    monkeypatch.setattr(alphapo, "pair_logps", wrong_in_bf16)
-    with raises(UserError, match="rehearsal.*float32"):
-        alphapo.train(settings)
-    assert not Path("out").exists()
-
-
-@cases("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
-def test_rows_splits_types_and_devices_differ_by_rounding_alone(device):
-    """From a run in float32 on the CPU; and on a CPU, the same settings give the same bits."""
-    host = dict(device=device, master_device="cpu", save_every=2)
-    kinds = dict(first={}, second={}, seed=dict(seed=2**64), plain=dict(plain_rows=True))
-    kinds |= dict(split=dict(micro_tokens=64), bf16=dict(dtype="bfloat16"), host=host)
-    kinds |= dict(gpu=dict(device=device), host_bf16=host | dict(dtype="bfloat16"))
-    for name, settings in kinds.items():
-        settings = dict(device="cpu", dtype="float32", max_steps=3, batch_size=8) | settings
-        summary = alphapo.train(resolved(out=name, **settings))
-        assert name != "gpu" or summary["plan"]["places"] == (device, device)
-    alphapo.train(resolved(out="host_bf16", resume=True, **settings))  # after step 2
-    assert metrics_of("first") == metrics_of("second") != metrics_of("seed")
-    assert weights_of("first") == weights_of("second")
-    tolerances = dict(plain=1e-4, split=1e-4, bf16=3e-2, host=2e-3, gpu=2e-3, host_bf16=3e-2)
-    for name, tolerance in tolerances.items():
-        assert_same_log(name, "first", tolerance)
-
-
-def test_a_loss_of_your_own_decides_where_the_weights_go():
-    def loss_fn(chosen, rejected, pairs, batch):
-        assert len(batch) == len(chosen) and max(batch) < len(pairs)
-        return chosen - rejected, chosen.detach(), rejected.detach()
-
-    summary = alphapo.train(resolved(max_steps=4, batch_size=16), loss_fn)
-    before, after = (summary[x]["eval_rewards/margins"] for x in ("before", "after"))
-    assert after < before - 0.01
-
-
-# ------------------------------------------------------------------------------------ the script
-def run(args, code=0, launcher=(), umask=-1, **environment):
-    """Run alphapo.py in a process of its own, without a network or a GPU."""
-    command = [sys.executable, *launcher, ROOT / "alphapo.py", *args]
-    quiet = dict(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1") | environment
-    options = dict(env=os.environ | quiet, capture_output=True, text=True, umask=umask)
-    done = subprocess.run(command, **options)
-    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
-    return done
-
-
-def test_the_script_trains_improves_and_writes_what_it_says():
-    args = "--max-steps 12 --dtype float32 --eval-every 6 --save-every 12".split()
-    printed, out = run(args, umask=0o027).stdout, Path("out")
-    log, summary = metrics_of(out), json.loads((out / "summary.json").read_text())
-    evaluations = [metrics for metrics in log if "eval_loss" in metrics]
-    steps = [metrics for metrics in log if "loss" in metrics]
-    assert [metrics["step"] for metrics in evaluations] == [0, 6, 12] and len(steps) == 12
-    rates = [1 / 3, 2 / 3, *((1 + math.cos(math.pi * i / 10)) / 2 for i in range(10))]
-    assert [metrics["learning_rate"] / 2e-4 for metrics in steps] == pytest.approx(rates)
-    before, after = summary["before"], summary["after"]
-    assert before.items() <= evaluations[0].items() and after.items() <= evaluations[-1].items()
-    assert after["eval_loss"] < before["eval_loss"] and f"{after['eval_loss']:.4f}" in printed
-    assert after["eval_rewards/accuracies"] > before["eval_rewards/accuracies"]
-    assert "<|im_start|>assistant" in printed and max(map(len, printed.splitlines())) <= 100
-    assert "AlphaPO" in (out / "README.md").read_text()
-    modes = {oct(path.stat().st_mode)[-3:] for path in out.rglob("*") if path.is_file()}
-    assert modes == {"640"}  # the umask decides who can read them
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-    # the result loads, in bf16, and has the figures of the last evaluation
-    model, tokenizer = (x.from_pretrained(out) for x in (AutoModel, AutoTokenizer))
-    assert model.dtype == torch.bfloat16 and tokenizer.chat_template
-    pairs, _ = load(None, tokenizer, name=EVAL)
-    again = run_small(model.float(), pairs, 4096, plain=True)
-    want = {key.removeprefix("eval_"): value for key, value in after.items()}
-    assert again == pytest.approx(want, rel=1e-4)
-
-
-# -------------------------------------------------------------------------------- nothing is lost
-def in_child(folder, args):
-    os.chdir(folder)
-    for stream in (1, 2):
-        os.dup2(os.open(f"{stream}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell ignores for what it runs with &
-    sys.argv = ["alphapo.py", *args]
-    alphapo.main(args)
-
-
-def fork(*args):
-    """Start a run in a fork of a process that has imported all of this and runs one thread."""
-    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["test_alphapo"])
-    process = server.Process(target=in_child, args=(os.getcwd(), [*map(str, args)]))
-    process.start()
-    return process
-
-
-def exit_code(process):
-    process.join(250)
-    return process.exitcode
-
-
-def checkpoints(folder):
-    return sorted(path.name for path in Path(folder).glob("checkpoint-*"))
-
-
-def wait_for(condition, seconds=120.0):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.0005)
-
-
-def test_twenty_kills_and_the_weights_are_those_of_an_uninterrupted_run():
-    """SIGKILL at twenty moments, every second one while a checkpoint is being written."""
-    args = [*SHORT, "--max-steps", 24]
-    assert exit_code(fork(*args, "--out", "whole")) == 0
-    out, partial, inside = Path("killed"), Path("killed/.partial"), 0
-    for kill in [*range(20), None]:
-        child = fork(*args, "--out", out, *["--resume"] * bool(checkpoints(out)))
-        if kill is not None:
-            if kill % 2:
-                wait_for(partial.exists)
-            else:
-                time.sleep(0.2 + kill / 20)
-            inside += partial.exists()
-            child.kill()
-        code = exit_code(child)
-        assert code in (-9, 0) if kill is not None else code == 0, Path("2.txt").read_text()
-        if code == 0:  # it may have ended before the blow
-            assert weights_of(out) == weights_of("whole") and metrics_of(out) == metrics_of("whole")
-            assert checkpoints(out) == ["checkpoint-000023", "checkpoint-000024"]
-            assert not partial.exists()
-            shutil.rmtree(out)
-    assert inside >= 5
-
-
-@cases("signals", ["SIGINT", "SIGTERM", "SIGHUP", "SIGINT SIGINT"])
-def test_a_signal_finishes_the_step_and_saves_and_a_second_one_ends_the_run_at_once(signals):
-    long = "--max-steps 99 --epochs 99 --batch-size 288 --save-every 99".split()
-    child, log = fork(*SHORT, *long), Path("out/metrics.jsonl")
-    wait_for(lambda: log.exists() and log.read_text().count("\n") > 1)
-    for name in signals.split():
-        os.kill(child.pid, signal.Signals[name])
-        wait_for(lambda: "finishing this step" in Path("2.txt").read_text())
-    code, number = exit_code(child), signal.Signals[name]
-    if signals == "SIGINT SIGINT":  # a step of 288 pairs was not over yet
-        assert code == -number and not checkpoints("out")
-    else:
-        last, step = Path("2.txt").read_text().splitlines()[-1], metrics_of("out")[-1]["step"]
-        assert code == 128 + number and f"stopped after step {step} and saved" in last
-        assert "python alphapo.py --max-steps 6" in last and last.endswith("--resume")
-        assert checkpoints("out") == [f"checkpoint-{step:06}"]
-
-
-def test_what_ends_a_run_is_one_line_and_under_torchrun_names_torchrun(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["alphapo.py", "--data", "my pairs.jsonl"])
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    stopped, full = alphapo.Stopped(signal.SIGTERM, 7), torch.OutOfMemoryError("CUDA out of memory")
-    for error, code, line in (
-        (stopped, 143, "node 2 alphapo.py --data 'my pairs.jsonl' --resume"),
-        (FloatingPointError("the end"), 1, "the end; lower --learning-rate"),
-        (OSError(), 1, "OSError(); no checkpoint was saved"),
-        (full, 1, "lower --micro-tokens"),
-    ):
-        monkeypatch.setattr(alphapo, "train", mock.Mock(side_effect=error))
-        ends_in_one_line([], line, capsys, code)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run of SHORT before its last write, and what it had after it: (folder, weights, log)."""
-    folder = tmp_path_factory.mktemp("whole")
-    alphapo.main([*SHORT, "--out", str(folder)])
-    end = weights_of(folder), metrics_of(folder)
-    for path in folder.iterdir():
-        if path.is_file() and path.name != "metrics.jsonl":
-            path.unlink()
-    return folder, *end
+# ------------------------------------------------------------------------------------ checkpoints
+LAST, BEFORE = Path("out/checkpoint-000004"), Path("out/checkpoint-000003")
 
 
 @pytest.fixture
-def stopped(whole):
-    """A copy of that run in out, with what it has at its end."""
-    return Path(shutil.copytree(whole[0], "out")), *whole[1:]
+def stopped(tmp_path_factory):
+    """Settings that resume a copy of a run which saved every step, and its results."""
+    folder = tmp_path_factory.getbasetemp() / "whole"  # which the first test that asks fills
+    settings = vars(tiny_config(model=folder / "model", out=folder / "out", save_every=1))
+    if not folder.exists():
+        shutil.copytree(TINY, folder / "model", ignore=shutil.ignore_patterns("*.jsonl", "*.py"))
+        template = "{{ strftime_now('%d %B') }}" + (TINY / "chat_template.jinja").read_text()
+        (folder / "model/chat_template.jinja").write_text(template)
+        alphapo.train(alphapo.Config(**settings))
+        os.remove(folder / "out/summary.json")  # as if it had been killed before it wrote this
+    shutil.copytree(folder / "out", "out")
+    return settings | dict(out="out", resume=True), results(folder / "out")
 
 
-def test_another_run_is_not_the_continuation_of_this_one(stopped, capsys):
-    out, *_ = stopped
-    assert checkpoints(out) == ["checkpoint-000005", "checkpoint-000006"]
-    rows = Path(EVAL).read_text().splitlines()
-    Path("other.jsonl").write_text("\n".join(rows[::-1]))  # another order is another run
-    changes = ["--batch-size 8", "--alpha 0.5", "--beta 3", "--gamma 0", "--seed 1"]
-    changes += ["--warmup-ratio 0.2", "--data other.jsonl", f"--eval-data {EVAL}"]
-    for flag, value in map(str.split, changes):
-        name = "pairs_sha256" if "data" in flag else flag[2:].replace("-", "_")
-        ends_in_one_line([*SHORT, "--resume", flag, value], f"--resume: {name} is ", capsys)
-    ends_in_one_line(SHORT, "is not empty", capsys)
-    lock = os.open(out, os.O_RDONLY)  # as a run at work in it does
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    ends_in_one_line([*SHORT, "--resume"], "another run may be writing there", capsys)
-    os.close(lock)
+@pytest.mark.parametrize("accident", ["older", "cut", "reshaped"])
+@pytest.mark.parametrize("tensor", ["proj.weight", "exp_avg", ".step"])
+def test_a_checkpoint_with_a_file_that_is_not_its_own_is_refused(accident, tensor, stopped):
+    files = {name: path for path in LAST.glob("*.safetensors") for name in load_file(path)}
+    path = files[min(name for name in files if name.endswith(tensor))]
+    if accident == "older":
+        shutil.copy(BEFORE / path.name, path)
+    elif accident == "cut":
+        os.truncate(path, 99)
+    else:
+        save_file({name: tensor[None] for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(UserError, match=str(LAST)):
+        alphapo.train(alphapo.Config(**stopped[0]))
 
 
-def test_the_learning_rate_may_change_and_the_same_data_have_many_names(stopped):
-    out, final, log = stopped
-    shutil.rmtree(out / NEWEST)
-    shutil.copy(EVAL, "same.jsonl")
-    alphapo.main([*SHORT, *"--resume --data same.jsonl --learning-rate 1e-3".split()])
-    changes = " ".join(json.loads((out / "summary.json").read_text())["changes"])
-    change = "learning_rate from 0.0002 to 0.001 after step 5"
-    assert change in changes and change in (out / "README.md").read_text()
-    assert metrics_of(out)[:6] == log[:6] and metrics_of(out)[6]["loss"] == log[6]["loss"]
-    assert weights_of(out) != final
+def test_another_run_is_not_the_continuation_of_this_one_but_another_day_is(stopped, monkeypatch):
+    def refused(words, **changes):
+        with pytest.raises(UserError, match=words):
+            alphapo.train(alphapo.Config(**stopped[0] | changes))
+
+    refused("rows", data=write_rows(EVAL[::-1]))
+    refused("alpha", alpha=0.5)
+    refused("not empty.*out-2", resume=False)
+    with contextlib.ExitStack() as on_exit:
+        alphapo.claim(tiny_config(resume=True), on_exit)  # as another run does that is at work
+        refused("another run")
+    state = json.loads((LAST / "state.json").read_text())
+    (LAST / "state.json").write_text(json.dumps(state | dict(step=3)))
+    refused(str(LAST))
+    LAST.rename("out/.partial")  # as a kill amid a save leaves it
+    day = SimpleNamespace(now=lambda: SimpleNamespace(strftime=lambda form: "29 February"))
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", day)
+    summary = alphapo.train(alphapo.Config(**stopped[0] | dict(learning_rate=1e-3)))  # may change
+    assert "learning_rate from 0.0002 to 0.001 after step 3" in summary["changes"]
+    assert alphapo.checkpoints("out") == [LAST, BEFORE] and not os.path.exists("out/.partial")
+    refused("finished run.*out-2")
 
 
-def halve(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+# ------------------------------------------------------------------------------------ training
+def test_the_file_alone_in_an_empty_folder_makes_the_tiny_model_better_in_ten_steps():
+    """Among variables that mean nothing without torchrun, and on a terminal that knows ASCII."""
+    shutil.copy(ROOT / "alphapo.py", ".")
+    shutil.copytree(TINY, "model", ignore=shutil.ignore_patterns("eval.jsonl", "*.py"))
+    flags = "--model model --data model/train.jsonl --learning-rate 2e-4 --gamma 0.1 --eval-every 5"
+    flags += " --max-steps 10 --batch-size 32 --device cpu --eval-data"
+    command = [sys.executable, "alphapo.py", *flags.split(), write_rows(EVAL[:60])]
+    environment = os.environ | dict(RANK="1", WORLD_SIZE="2", PYTHONIOENCODING="ascii")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("model is in out\n"), done.stderr
+    log, summary = results("out")[0], json.loads(Path("out/summary.json").read_text())
+    before, after = summary["before"], summary["after"]
+    assert after["eval_loss"] < before["eval_loss"] - 0.01
+    assert [m["step"] for m in log if "eval_loss" in m] == [0, 5, 10]
+    rates = [1e-4, *(1e-4 * (1 + math.cos(i * math.pi / 9)) for i in range(9))]
+    assert [m["learning_rate"] for m in log if "loss" in m] == pytest.approx(rates)
+    assert f"{after['eval_loss']:.4f}" in done.stdout and Path("out/curves.png").exists()
+    again = tiny_config(model="out", eval_data="pairs.jsonl", out="again", max_steps=1)
+    assert alphapo.train(again)["before"] == pytest.approx(after, rel=1e-5)  # of what was written
 
 
-NEWEST, OTHER = "checkpoint-000006", save({"master": torch.ones(1)})
-ACCIDENTS = {
-    "nothing": lambda out, newest, file: None,
-    "a file is cut": lambda out, newest, file: halve(file),
-    "a file is missing": lambda out, newest, file: file.unlink(),
-    "a file is another": lambda out, newest, file: file.write_bytes(OTHER),
-    "the state is cut": lambda out, newest, file: halve(newest / "state.json"),
-    "the state is no object": lambda out, newest, file: (newest / "state.json").write_text("[]"),
-    "the last checkpoint is gone": lambda out, newest, file: shutil.rmtree(newest),
-    "another's folder": lambda out, newest, file: (out / "checkpoint-000006.bak").mkdir(),
-    "a save was killed": lambda out, newest, file: newest.rename(out / ".partial"),
-    "the log is cut": lambda out, newest, file: halve(out / "metrics.jsonl"),
-    "the log is gone": lambda out, newest, file: (out / "metrics.jsonl").unlink(),
-}
+def test_sharded_weights_are_plain_to_the_bit_and_those_of_two_processes_to_rounding():
+    """The fourth batch has one pair, and an evaluation three: too few for two processes."""
+    few = dict(data=write_rows(EVAL[:16]), eval_data=write_rows(EVAL[16:19], "eval.jsonl"))
+    few |= dict(eval_every=1, save_every=2, micro_tokens=200)
+    half = few | dict(dtype="bfloat16", max_steps=2)
+    jobs = {name: few | dict(offload=name) for name in ("false", "keep", "layers")}
+    jobs |= {f"half {name}": half | dict(offload=name) for name in ("keep", "layers")}
+    jobs["resumed"] = few | dict(offload="keep", resume=True)
+    write_rows([vars(tiny_config(out=name, **job)) for name, job in jobs.items()], "jobs.jsonl")
+    Path("jobs.py").write_text("""if True:
+        import alphapo, json, shutil
+        alphapo.dist.init_process_group("gloo")  # for all, as a second would meet the first's keys
+        for job in map(json.loads, open("jobs.jsonl")):
+            for name in ("resumed", "by one") * (job["resume"] and alphapo.RANK == 0):
+                shutil.copytree("keep/checkpoint-000002", f"{name}/checkpoint-000002")
+                shutil.copy("keep/metrics.jsonl", name)
+            alphapo.dist.barrier()
+            alphapo.train(alphapo.Config(**job))
+        alphapo.main("--device cpu --data nowhere.jsonl".split())
+    """)
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 jobs.py"
+    two = subprocess.Popen(torchrun.split(), stderr=subprocess.PIPE, text=True)
+    alphapo.train(tiny_config(out="one half", **half))
+    for name, offload in ("one", "false"), ("one keep", "keep"), ("one layers", "layers"):
+        alphapo.train(tiny_config(out=name, offload=offload, **few))
+    assert results("one keep") == results("one layers") == results("one")
+    error = two.communicate()[1]
+    assert error.count("alphapo: nowhere.jsonl: not loaded") == 1, error  # one process speaks
+    alphapo.train(tiny_config(out="by one", resume=True, **few))
+    assert results("resumed") == results("keep")
+    for name in (*jobs, "by one"):
+        one, tolerance = ("one half", 3e-2) if "half" in name else ("one", 1e-5)
+        for ours, want in zip(results(name)[0], results(one)[0], strict=True):
+            assert ours == pytest.approx(want, rel=tolerance, abs=tolerance), name
 
 
-@cases("accident", ACCIDENTS)
-def test_a_run_reaches_the_same_end_whatever_happened(accident, stopped, monkeypatch, capsys):
-    """Its picture fails, which no run is worth losing over, and every way to pickle is barred."""
-    out, final, log = stopped
-    ACCIDENTS[accident](out, out / NEWEST, next((out / NEWEST).glob("*.safetensors")))
-    there = {*checkpoints(out), "checkpoint-000005", NEWEST}
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # makes its import fail
-    for name in "torch.load torch.save pickle.load pickle.loads pickle.dump pickle.dumps".split():
-        monkeypatch.setattr(name, None)
-    if accident.startswith(("a file", "the state")):
-        line = f"{out / NEWEST} is damaged"
-        assert "delete it" in ends_in_one_line([*SHORT, "--resume"], line, capsys)
-        shutil.rmtree(out / NEWEST)
-    alphapo.main([*SHORT, "--resume"])
-    assert weights_of(out) == final and (out / "summary.json").exists()
-    assert not (out / "curves.png").exists() and set(checkpoints(out)) == there
-    assert not (out / "state.json").exists() and not (out / ".partial").exists()
-    found = metrics_of(out)[-1:] if "log" in accident else metrics_of(out)
-    assert found == log[-len(found) :] and b"\0" not in (out / "metrics.jsonl").read_bytes()
-    suffixes = {path.suffix for path in out.rglob("*") if path.is_file()}
-    assert suffixes <= {".safetensors", ".json", ".jsonl", ".jinja", ".md"}
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(stopped):
+    """By SIGKILL at some moment, and every second time while a checkpoint is being written."""
+    out, kills = Path("killed").absolute(), 20 if os.environ.get("ALPHAPO_SLOW") else 6
+    for kill in range(kills + 1):
+        if not alphapo.checkpoints(out):
+            shutil.rmtree(out, ignore_errors=True)
+        config = alphapo.Config(**stopped[0] | dict(out=out, resume=out.exists()))
+        run = FORKS.Process(target=alphapo.train, args=(config,))
+        run.start()
+        end = time.monotonic() + (1 + kill / 9 if kill < kills else math.inf)
+        saves = kill % 2 and (out / ".partial").exists
+        while run.is_alive() and time.monotonic() < end and not (saves and saves()):
+            time.sleep(0.001)
+        run.kill()
+        run.join()
+        if run.exitcode == 0:  # the last one, or one that ended before the blow
+            assert results(out) == stopped[1]
+            shutil.rmtree(out)
+    assert run.exitcode == 0
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(stopped, capsys):
-    """A limit on the size of files stands in for the disk."""
-    out, final, _ = stopped
-    shutil.rmtree(out / NEWEST)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
-    with raises(SystemExit) as exit:
-        alphapo.main([*SHORT, "--resume"])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit.value.code == 1 and "File too large" in error and "--resume" in error
-    assert checkpoints(out) == ["checkpoint-000005"]
-    alphapo.main([*SHORT, "--resume"])  # space was made
-    assert weights_of(out) == final and not (out / ".partial").exists()
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(name, monkeypatch, capsys):
+    number, own = signal.Signals[name], alphapo.learning_rate_at
+
+    def in_step_2(step, *args):
+        os.kill(os.getpid(), number if step == 1 else 0)
+        return own(step, *args)
+
+    monkeypatch.setattr(alphapo, "learning_rate_at", in_step_2)
+    monkeypatch.setattr(sys, "argv", ["alphapo.py", *FLAGS, "--out", "my out", "--plan", "false"])
+    before = signal.signal(number, signal.SIG_DFL)  # which nohup ignores
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        alphapo.main()
+    assert signal.signal(number, before) == signal.SIG_DFL
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "after step 2" in line and line.endswith("--out 'my out' --plan false --resume")
+    assert os.path.exists("my out/checkpoint-000002/state.json")
 
 
-def test_a_loss_that_is_not_finite_names_its_pair_and_keeps_the_checkpoints():
-    log, places = Path("out/metrics.jsonl"), []
+def test_a_loss_of_your_own_is_minimized_and_one_that_is_not_finite_names_step_and_pair():
+    def loss_fn(chosen_logps, rejected_logps, pairs, batch):
+        losses = chosen_logps - rejected_logps
+        losses[-1] *= math.nan if os.path.exists("out/checkpoint-000003") else 1
+        places.append(pairs[batch[-1]].place)
+        return losses, chosen_logps.detach(), rejected_logps.detach()
 
-    def diverging(chosen, rejected, pairs, batch):
-        losses, *rewards = LOSS(chosen, rejected)
-        if log.exists() and log.read_text().count("\n") == 3:  # in step 3
-            losses[2] = math.inf
-            places.append(pairs[batch[2]].place)
-        return losses, *rewards
-
-    config = resolved(max_steps=6, batch_size=4, micro_tokens=10**4, save_every=1)
-    with raises(FloatingPointError, match="step 3: ") as error:
-        alphapo.train(config, diverging)
-    assert f"not finite, at {places[0]}" in str(error.value)
-    assert checkpoints("out") == ["checkpoint-000001", "checkpoint-000002"]
+    places = []
+    with pytest.raises(FloatingPointError, match="step 4: ") as error:
+        alphapo.train(tiny_config(save_every=1, eval_every=3, batch_size=16), loss_fn)
+    assert places[-1] in str(error.value) and len(alphapo.checkpoints("out")) == 2
+    log = map(json.loads, Path("out/metrics.jsonl").read_text().splitlines())
+    before, after = (m["eval_rewards/margins"] for m in log if "eval_loss" in m)
+    assert after < before - 0.01
 
 
-# -------------------------------------------------------------------------- processes and a GPU
-@cases("dtype, steps, tolerance", [("float32", 6, 1e-5), ("bfloat16", 2, 3e-2)])
-def test_two_processes_are_one_and_one_resumes_what_two_saved(dtype, steps, tolerance):
-    """Over gloo, of a batch that does not divide evenly."""
-    args = f"--max-steps {steps} --batch-size 13 --save-every 1 --dtype {dtype}".split()
-    args += ["--data", EVAL]
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    run([*args, "--out", "two"], launcher=torchrun)
-    assert exit_code(fork(*args, "--out", "one")) == 0
-    assert_same_log("two", "one", tolerance)
-    shutil.rmtree(f"two/checkpoint-{steps:06}")
-    assert exit_code(fork(*args, "--out", "two", "--resume")) == 0, Path("2.txt").read_text()
-    assert_same_log("two", "one", tolerance)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("offload", ["false", "keep", "layers"])
+def test_gpu_runs_in_bfloat16_do_what_the_cpu_does_in_float32(offload):
+    """Losses, gradient norms and evaluations of four steps, and of a resumed run."""
+    alphapo.train(tiny_config(out="cpu", eval_every=1))
+    settings = dict(device="cuda", dtype="bfloat16", offload=offload, eval_every=1, save_every=2)
+    for resume in (False, True):
+        alphapo.train(tiny_config(out="gpu", resume=resume, **settings))
+        for ours, want in zip(results("gpu")[0], results("cpu")[0], strict=True):
+            assert ours == pytest.approx(want, rel=3e-2, abs=3e-2)
+        shutil.rmtree("gpu/checkpoint-000004")
+        os.remove("gpu/summary.json")
+
+
+# ------------------------------------------------------------------------------------ command line
+CONFIG = json.loads((TINY / "config.json").read_text())
+ROPE = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4, original_max_position_embeddings=8)
+# fmt: off
+BAD_INPUT = [  # words of the line, and what is bad: flags, the model's config, its template, a row
+    ("nowhere.jsonl", "--data nowhere.jsonl"), ("rehearsal", "--alpha 1e5"),
+    ("mistral-7b-instruct", "--model mistral-7b-instuct"), ("--dtype half", "--dtype half"),
+    ("--gama", "--gama 1"), ("--beta -2", "--beta -2"), ("--epochs 1.5", "--epochs 1.5"),
+    ("not empty; pass --out full-2", "--out full"), ("--resume: out holds", "--resume"),
+    ("adapter", "--model adapter"), ("safetensors", "--model pointer"),
+    ("missing", dict(num_hidden_layers=5)), ("unexpected", dict(num_hidden_layers=3)),
+    ("mismatched", dict(intermediate_size=392)), ("--max-length 8", dict(rope_parameters=ROPE)),
+    ("--max-length 16", dict(max_position_embeddings=16)),
+    ("quantized", dict(quantization_config=dict(quant_method="fp8"))),
+    # templates that lose or move these words when an answer follows
+    ("'Be brief.", chat("", "{{ m.content if m.role == 'user' }}", "", "TEXT")),
+    ("'Be brief.", chat("", "[INST] {{ messages[0].content if loop.last }}TEXT", "", "TEXT")),
+    ("'<think>", chat("", "TEXT", "{{ '<think>' if not loop }}", "TEXT")),
+    ("A fox.", chat("", "TEXT", "", "{{ m.content.split('</think>')[-1] }}")),
+    ("pairs.jsonl:1: 'question'", [{"question": "Q?", "chosen": "a", "rejected": "b"}]),
+    ("'system'", [{"prompt": "a", "chosen": "b", "rejected": "c", "system": "Be brief."}]),
+    ("'images'", [BOTH | {"images": ["fox.png"]}]), ("tools", [BOTH | {"tools": [{"name": "f"}]}]),
+    ("messages as text", [{"chosen": "[{'role': 'user', 'content': 'a'}]", "rejected": "b"}]),
+    ("'from'", [{side: [{"from": "human", "value": "a"}] for side in BOTH}]),
+    ("tool_calls", [BOTH | {"chosen": [USER, FOX[0] | {"tool_calls": [{}]}]}]),
+    ("one assistant", [BOTH | {"chosen": [USER]}]), ("'label'", [{"prompt": "a", "label": True}]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("words, bad", BAD_INPUT)
+def test_bad_input_is_one_line_and_status_2_and_nothing_is_written(words, bad, capsys):
+    for name in ("model", "adapter", "pointer", "full"):
+        shutil.copytree(TINY, name, ignore=shutil.ignore_patterns("*.jsonl", "*.py"))
+    Path("adapter/adapter_config.json").write_text("{}")
+    Path("pointer/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    thinks = {"chosen": [FOX[0] | {"content": THOUGHT + "fox"}], "rejected": OWL}
+    write_rows(bad if isinstance(bad, list) else [{"prompt": [BRIEF, USER]} | thinks])
+    flags = "--model model --data pairs.jsonl --eval-split 0 --device cpu".split()
+    if isinstance(bad, dict):
+        Path("model/config.json").write_text(json.dumps(CONFIG | bad))
+    elif "{%" in bad:
+        Path("model/chat_template.jinja").write_text(bad)
+    elif isinstance(bad, str):
+        flags += bad.split()
+    before = [path for path in Path().rglob("*") if path.is_file()]
+    with pytest.raises(SystemExit, match="2"):
+        alphapo.main(flags)
+    _, line = capsys.readouterr().err.strip().split("alphapo: ")  # behind what tqdm has erased
+    assert words in line and "\n" not in line
+    assert [path for path in Path().rglob("*") if path.is_file()] == before

@@ -33,16 +33,16 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 def reference_logps(model_name, data, eval_data):
     """Mean log-probabilities of all pairs before training: {"file:line": [chosen, rejected]}."""
     config = alphapo.Config(model=model_name, data=data, eval_data=eval_data)
-    _, train_pairs, eval_pairs, _ = alphapo.load_data(alphapo.resolve(config))
+    _, train_pairs, eval_pairs, _, _ = alphapo.load_data(alphapo.resolve(config))
     model = alphapo.load_model(model_name)
+    plain_rows = bool(alphapo.check_model(model, train_pairs)[0])  # where shared rows are wrong
     reference = {}
     for pairs in (train_pairs, eval_pairs):
         for first in range(0, len(pairs), PAIRS_PER_BATCH):
-            batch = range(first, min(first + PAIRS_PER_BATCH, len(pairs)))
-            rows = alphapo.make_rows([pairs[i] for i in batch])
-            logps = torch.stack(alphapo.pair_logps(model, rows), 1)  # (pairs, 2)
-            for i, both in zip(batch, logps):
-                reference[pairs[i].place] = both
+            batch = pairs[first : first + PAIRS_PER_BATCH]
+            logps = alphapo.pair_logps(model, batch, plain_rows)
+            for pair, both in zip(batch, torch.stack(logps, 1)):  # (pairs, 2)
+                reference[pair.place] = both
     return reference
 
 
@@ -55,7 +55,7 @@ class ReferenceDPO:
 
     def __call__(self, chosen_logps, rejected_logps, pairs, batch):
         device = chosen_logps.device
-        lengths = [[len(response) for response in pairs[i][1:3]] for i in batch]
+        lengths = [[len(pairs[i].chosen), len(pairs[i].rejected)] for i in batch]
         lengths = torch.tensor(lengths, device=device)  # (pairs, 2)
         reference = torch.stack([self.reference[pairs[i].place] for i in batch]).to(device)
         chosen, rejected = (torch.stack([chosen_logps, rejected_logps], 1) * lengths).unbind(1)

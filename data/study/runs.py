@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The runs of the study: one job is one training, measured, and one line in the results.
 
-A job is a dict: kind ("map", "tuned", "start" or "real"), method, alpha, beta, gamma_beta,
-learning_rate and seed. Its line is the job and what was measured.
+A job is a dict: kind ("map", "tuned", "start", "displacement", or one of real.py), method, alpha,
+beta, gamma_beta, learning_rate and seed. Its line is the job and what was measured.
 """
 
 import contextlib
@@ -49,24 +49,42 @@ def missing(jobs, results):
     return [job for job in jobs if not find(results, **job)]
 
 
-def train(job, work, loss_fn=None, **settings):
-    """Train what a job says on the pairs in the work folder, and return the summary."""
+def make_loss(job, config):
+    """The loss of a job in the form that alphapo.train takes."""
+    if job["method"] == "DPO":
+        return ReferenceDPO(config, job["beta"])
+    knobs = config.alpha, config.beta, config.gamma
+    return lambda chosen, rejected, pairs, batch: alphapo.alphapo_loss(chosen, rejected, *knobs)
+
+
+def train(job, work, **settings):
+    """Train what a job says on the pairs in the work folder.
+
+    Returns (summary, logps): what alphapo.train returns, and the log-probabilities of each held-out
+    pair at each evaluation, (pairs, evaluations, 2): chosen, rejected.
+    """
+    files = dict(data=f"{work}/train.jsonl", eval_data=f"{work}/eval.jsonl", device="cpu")
     config = alphapo.Config(
-        data=f"{work}/train.jsonl",
-        eval_data=f"{work}/eval.jsonl",
         alpha=job.get("alpha", 0.0),
         beta=job["beta"],
         gamma=job["beta"] * job.get("gamma_beta", 0.0),
         learning_rate=job["learning_rate"],
         seed=job["seed"],
-        device="cpu",
-        **settings,
+        **files | settings,
     )
+    logps = {}  # by "file:line"
+
+    def loss_fn(chosen_logps, rejected_logps, pairs, batch):
+        if not torch.is_grad_enabled():  # an evaluation, and no training step
+            for i, both in zip(batch, torch.stack([chosen_logps, rejected_logps], 1).tolist()):
+                logps.setdefault(pairs[i].place, []).append(both)
+        return loss(chosen_logps, rejected_logps, pairs, batch)
+
     # The workers share one terminal, and only the parent writes to it.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        if job["method"] == "DPO":
-            loss_fn = ReferenceDPO(config, job["beta"])
-        return alphapo.train(config, loss_fn)
+        loss = make_loss(job, config)
+        summary = alphapo.train(config, loss_fn)
+    return summary, np.array([logps[place] for place in sorted(logps)])
 
 
 def run_tiny(job, work, model):
@@ -78,7 +96,7 @@ def run_tiny(job, work, model):
         if job["kind"] != "start":
             settings = dict(batch_size=32, epochs=2, dtype="float32")
             settings["eval_every"] = 6 if has_curve else None
-            summary = train(job, work, model=model, out=f"{folder}/out", **settings)
+            summary, _ = train(job, work, model=model, out=f"{folder}/out", **settings)
             model = f"{folder}/out"
             before, after = summary["before"], summary["after"]
             chosen, rejected = after["eval_logps/chosen"], after["eval_logps/rejected"]
@@ -103,28 +121,11 @@ def run_tiny(job, work, model):
     return result
 
 
-class KeepHeldOutLogps:
-    """AlphaPO as a loss_fn that keeps the log-probabilities of each held-out pair."""
-
-    def __init__(self, job):
-        self.settings = job["alpha"], job["beta"], job["beta"] * job["gamma_beta"]
-        self.logps = {}  # {"file:line": [[chosen, rejected] of each evaluation]}
-
-    def __call__(self, chosen_logps, rejected_logps, pairs, batch):
-        if not torch.is_grad_enabled():  # an evaluation, and no training step
-            logps = torch.stack([chosen_logps, rejected_logps], 1).tolist()
-            for i, both in zip(batch, logps):
-                self.logps.setdefault(pairs[i].place, []).append(both)
-        return alphapo.alphapo_loss(chosen_logps, rejected_logps, *self.settings)
-
-
-def run_real(job, work, model):
-    """Train a real model, and measure every held-out pair, since there is no judge."""
-    loss_fn = KeepHeldOutLogps(job)
+def run_displacement(job, work, model):
+    """Train a model on given pairs, and measure every held-out pair, since there is no judge."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        settings = dict(batch_size=16, epochs=1, max_length=1024)
-        train(job, work, loss_fn, model=model, out=f"{folder}/out", **settings)
-    logps = np.array([loss_fn.logps[place] for place in sorted(loss_fn.logps)])
+        settings = dict(batch_size=16, epochs=1, max_length=1024, dtype="float32")
+        _, logps = train(job, work, model=model, out=f"{folder}/out", **settings)
     before, after = logps[:, 0], logps[:, -1]  # (pairs, 2): chosen, rejected
     chosen_change, rejected_change = (after - before).T
     measures = dict(chosen_change=chosen_change, rejected_change=rejected_change)

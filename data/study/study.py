@@ -1,43 +1,46 @@
 # SPDX-License-Identifier: MIT
-"""What alpha does: the tiny model, trained over a grid of settings and judged by a program.
+"""What alpha does: models trained over a grid of settings and judged by a program.
 
-    python data/study/study.py                                # all, resumable: 90 minutes
+    python data/study/study.py                                # the tiny model, 90 minutes
     python data/study/study.py --quick                        # a few short runs: a minute
     python data/study/study.py figures                        # draw and tabulate the kept runs
     python data/study/study.py plot RUN... --out curves.png   # curves of runs of your own
-    python data/study/study.py real MODEL PAIRS.jsonl         # alpha on a real model, without judge
+    python data/study/study.py real MODEL                     # a real model, about four hours
+    python data/study/study.py displacement MODEL PAIRS.jsonl # a real model on given pairs
 
 The map trains every method at every cell of a grid. The tuned comparison takes each method's best
 cell by the score on validation prompts, trains fresh seeds there, and judges them on held-out
-prompts, which take no part in that choice. What came out is in README.md beside this file.
+prompts, which take no part in that choice. A command that was stopped goes on when it is given
+again. What came out is in README.md beside this file.
 """
 
 import argparse
+import json
 import os
 import re
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 # Python looks for modules beside the script that it runs, and nothing of this project is installed:
-# judge.py and report.py are one folder up, and alphapo.py two.
+# judge.py is in data/tiny, and alphapo.py two folders up.
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[0]), str(HERE.parents[1])]
-from draw import draw_all  # noqa: E402
-from report import plot_curves  # noqa: E402
-from runs import find, missing, read_jsonl, run_all, run_real, run_tiny  # noqa: E402
+TINY = HERE.parent / "tiny"
+sys.path[:0] = [str(HERE), str(TINY), str(HERE.parents[1])]
+import real  # noqa: E402
+from draw import draw_all, plot_curves  # noqa: E402
+from runs import find, missing, read_jsonl, run_all, run_displacement, run_tiny  # noqa: E402
 
 import alphapo  # noqa: E402
 
-TINY = HERE.parent / "tiny"
 BETA = 2.5
 SIMPO = "α 0 (SimPO)"
-REAL_HELD_OUT, REAL_TRAIN = 128, 256  # pairs; the file's first are held out
+GIVEN_HELD_OUT, GIVEN_TRAIN = 128, 256  # of given pairs; the file's first are held out
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,14 @@ class Study:
     validation: int = 200  # prompts: those of the first pairs of train.jsonl
     train: int = 1800  # pairs behind these, for two epochs in batches of 32
     held_out: int = 300  # prompts and pairs of eval.jsonl
+    model: str = ""  # the name of a real model, which makes its pairs from prompts of its own
+    train_prompts: int = 0
+
+    def job(self, stage, **fields):
+        """What identifies runs of a stage, which is "map", "tuned" or "start"."""
+        if self.model:
+            return dict(kind=f"real-{stage}", model=self.model) | fields
+        return dict(kind=stage) | fields
 
     def cells(self):
         """{method: its cells}. A cell with a seed defines a run."""
@@ -84,23 +95,57 @@ QUICK = Study(
 )
 
 
+# A real model: γ/β is the middle one of the paper's three, and only learning rates are tuned.
+REAL = Study(
+    alphas=(-1.0, 0.0, 0.25, 1.0),
+    learning_rates=(3e-5, 1e-4, 3e-4),
+    gamma_betas=(0.3,),
+    dpo_betas=(0.1,),
+    seeds=(1,),
+    fresh_seeds=(11, 12, 13),
+    train_prompts=680,
+    train=192,
+    validation=100,
+    held_out=160,
+)
+QUICK_REAL = replace(
+    REAL,
+    alphas=(0.0,),
+    learning_rates=(1e-4,),
+    fresh_seeds=(11,),
+    train_prompts=10,
+    train=4,
+    validation=2,
+    held_out=8,
+)
+
+
 def map_jobs(study):
     """The whole grid for one seed after the other, so that a part of the runs is a map too."""
     cells = sum(study.cells().values(), [])
-    return [dict(kind="map", **cell, seed=seed) for seed in study.seeds for cell in cells]
+    return [study.job("map", **cell, seed=seed) for seed in study.seeds for cell in cells]
 
 
 def tuned_jobs(study, results):
     """Fresh seeds at the best cell of each method, and the model before training with the same."""
-    jobs = [dict(kind="start", seed=seed) for seed in study.fresh_seeds]
+    jobs = [study.job("start", seed=seed) for seed in study.fresh_seeds]
     for cells in study.cells().values():
-        cell, _ = best_cell(results, cells)
-        jobs += [dict(kind="tuned", **cell, seed=seed) for seed in study.fresh_seeds]
+        cell, _ = best_cell(study, results, cells)
+        jobs += [study.job("tuned", **cell, seed=seed) for seed in study.fresh_seeds]
     return jobs
+
+
+def is_complete(study, results):
+    jobs = map_jobs(study)
+    return not missing(jobs, results) and not missing(tuned_jobs(study, results), results)
 
 
 def write_lines(work, name, lines):
     Path(work, name).write_text("".join(lines))
+
+
+def write_rows(work, name, rows):
+    write_lines(work, name, [json.dumps(row) + "\n" for row in rows])
 
 
 def run_study(study, path, workers):
@@ -115,30 +160,53 @@ def run_study(study, path, workers):
         run_all(run, tuned_jobs(study, read_jsonl(path)), path, workers)
 
 
-def run_real_study(args, path):
+def run_real_study(study, args, path):
+    """Make prompts, let the model answer them, make pairs of its answers, train and judge."""
+    counts = dict(train=study.train_prompts, validation=study.validation)
+    prompts = real.make_prompts(counts | {"held out": study.held_out}, real.SEED)
+    args.work.mkdir(parents=True, exist_ok=True)
+    kept, jobs = args.work / "answers.jsonl", real.sampling_jobs(study.model, prompts)
+    run_all(partial(real.run_sampling, folder=args.model), jobs, kept, args.workers)
+    lines = [find(read_jsonl(kept), **job)[0] for job in jobs]
+    answers = {p: own for line in lines for p, own in zip(line["prompts"], line["answers"])}
+    with tempfile.TemporaryDirectory() as work:
+        for name, part, count in ("train", "train", study.train), ("eval", "held out", real.EVAL):
+            pairs = real.make_pairs(prompts[part], answers, count)
+            print(f"{len(pairs)} pairs from the {len(prompts[part])} prompts {part}")
+            write_rows(work, f"{name}.jsonl", pairs)
+        write_rows(work, "validation.jsonl", prompts["validation"])
+        write_rows(work, "eval_prompts.jsonl", prompts["held out"])
+        run = partial(real.run_real, work=work, folder=args.model)
+        run_all(run, map_jobs(study), path, args.workers)
+        run_all(run, tuned_jobs(study, read_jsonl(path)), path, args.workers)
+
+
+def run_given_pairs(args, path):
     """Train each alpha with each seed on the pairs behind the file's first, which are held out."""
     lines = args.pairs.read_text().splitlines(keepends=True)
-    if len(lines) < REAL_HELD_OUT + REAL_TRAIN:
-        fail(f"{args.pairs}: has {len(lines)} pairs, and {REAL_HELD_OUT} + {REAL_TRAIN} are needed")
-    names = dict(model=Path(args.model).name, pairs=args.pairs.name)
+    if len(lines) < GIVEN_HELD_OUT + GIVEN_TRAIN:
+        need = f"{GIVEN_HELD_OUT} + {GIVEN_TRAIN} are needed"
+        fail(f"{args.pairs}: has {len(lines)} pairs, and {need}")
+    names = dict(model=Path(args.model).resolve().name, pairs=args.pairs.name)
     setting = dict(beta=BETA, gamma_beta=args.gamma_beta, learning_rate=args.learning_rate)
     jobs = [
-        dict(kind="real", method="AlphaPO", **names, alpha=alpha, **setting, seed=seed)
+        dict(kind="displacement", method="AlphaPO", **names, alpha=alpha, **setting, seed=seed)
         for seed in args.seeds
         for alpha in args.alphas
     ]
     with tempfile.TemporaryDirectory() as work:
-        write_lines(work, "eval.jsonl", lines[:REAL_HELD_OUT])
-        write_lines(work, "train.jsonl", lines[REAL_HELD_OUT:][:REAL_TRAIN])
-        run_all(partial(run_real, work=work, model=args.model), jobs, path, args.workers)
+        write_lines(work, "eval.jsonl", lines[:GIVEN_HELD_OUT])
+        write_lines(work, "train.jsonl", lines[GIVEN_HELD_OUT:][:GIVEN_TRAIN])
+        run_all(partial(run_displacement, work=work, model=args.model), jobs, path, args.workers)
 
 
 # ------------------------------------------------------------------------------------ statistics
 
 
-def best_cell(results, cells):
+def best_cell(study, results, cells):
     """The cell with the best mean validation score over the seeds of the map, and that score."""
-    scores = [np.mean([r["validation"] for r in find(results, kind="map", **c)]) for c in cells]
+    runs = [find(results, **study.job("map", **cell)) for cell in cells]
+    scores = [np.mean([run["validation"] for run in own]) for own in runs]
     best = int(np.argmax(scores))
     return cells[best], scores[best]
 
@@ -177,6 +245,7 @@ def markdown(header, rows):
 PLACE = ["method", "learning rate", "γ/β (DPO: β)", "validation"]
 CHANGES = {"change of chosen": "chosen_change", "change of rejected": "rejected_change"}
 MEASURES = {"tokens": "length", "accuracy": "accuracy"} | CHANGES
+REAL_MEASURES = {"tokens": "lengths", "loops": "loops"} | CHANGES
 
 
 def place(method, cell):
@@ -188,37 +257,44 @@ def map_table(study, results):
     rows = []
     for method, cells in study.cells().items():
         for cell in cells:
-            runs = find(results, kind="map", **cell)
+            runs = find(results, **study.job("map", **cell))
             keys = ["validation", "score", *MEASURES.values()]
             rows.append(place(method, cell) + [student([run[key] for run in runs]) for key in keys])
     return markdown([*PLACE, "score", *MEASURES], rows)
 
 
 def tuned_table(study, results):
-    """The fresh seeds of every method, with differences to SimPO by seed and prompt."""
+    """The fresh seeds of every method, with differences to SimPO by seed and prompt, or pair."""
+    measures = REAL_MEASURES if study.model else MEASURES
+    simpo, _ = best_cell(study, results, study.cells()[SIMPO])
+    simpo_runs = find(results, **study.job("tuned", **simpo))
 
-    def scores(**fields):  # (seeds, prompts)
-        return np.array([run["scores"] for run in find(results, **fields)])
+    def figure(runs, key, minus_simpo=False):
+        if key not in runs[0] or (minus_simpo and runs == simpo_runs):
+            return ""
+        values = np.array([run[key] for run in runs])  # (seeds,) or (seeds, prompts)
+        if minus_simpo:
+            values = values - [run[key] for run in simpo_runs]
+        return bootstrap(values) if values.ndim == 2 else student(values)
 
-    simpo, _ = best_cell(results, study.cells()[SIMPO])
-    simpo_scores = scores(kind="tuned", **simpo)
-    start_scores = scores(kind="start")
-    start_row = ["before training", "", "", "", bootstrap(start_scores)]
-    rows = [[*start_row, bootstrap(start_scores - simpo_scores), "", "", "", ""]]
+    def figures(runs):
+        row = [figure(runs, "scores"), figure(runs, "scores", minus_simpo=True)]
+        row += [figure(runs, key) for key in measures.values()]
+        return row + [figure(runs, "chosen_change", minus_simpo=True)] * bool(study.model)
+
+    rows = [["before training", "", "", "", *figures(find(results, **study.job("start")))]]
     for method, cells in study.cells().items():
-        cell, validation = best_cell(results, cells)
-        own_scores = scores(kind="tuned", **cell)
-        difference = "" if cell == simpo else bootstrap(own_scores - simpo_scores)
-        row = [*place(method, cell), f"{validation:.3f}", bootstrap(own_scores), difference]
-        runs = find(results, kind="tuned", **cell)
-        rows.append(row + [student([run[key] for run in runs]) for key in MEASURES.values()])
-    return markdown([*PLACE, "score", "score − SimPO's", *MEASURES], rows)
+        cell, validation = best_cell(study, results, cells)
+        runs = find(results, **study.job("tuned", **cell))
+        rows.append([*place(method, cell), f"{validation:.3f}", *figures(runs)])
+    header = [*PLACE, "score", "score − SimPO's", *measures]
+    return markdown(header + ["change of chosen − SimPO's"] * bool(study.model), rows)
 
 
-def real_table(results):
+def displacement_table(results):
     """The held-out pairs of the real model: each measure has a value for each seed and pair."""
     rows = []
-    runs = find(results, kind="real")
+    runs = find(results, kind="displacement")
     settings = {(run["learning_rate"], run["gamma_beta"], run["alpha"]) for run in runs}
     for rate, ratio, alpha in sorted(settings):
         setting = dict(learning_rate=rate, gamma_beta=ratio)
@@ -239,18 +315,28 @@ def real_table(results):
 # ------------------------------------------------------------------------------------ command line
 
 
+def tables(study, results):
+    """{name: table} of all that is complete in the results."""
+    found = {}
+    if is_complete(study, results):
+        found.update(map=map_table(study, results), tuned=tuned_table(study, results))
+    if find(results, kind="displacement"):
+        found["displacement"] = displacement_table(results)
+    for model in sorted({run["model"] for run in results if run["kind"] == "real-start"}):
+        of_model = replace(QUICK_REAL if study == QUICK else REAL, model=model)
+        if is_complete(of_model, results):
+            found["real"] = tuned_table(of_model, results)  # of the last where there are several
+    return found
+
+
 def report(study, path):
     """Print the tables, put them into README.md where that has places for them, and draw."""
     results = read_jsonl(path)
-    found = {}
-    if not missing(map_jobs(study), results) and not missing(tuned_jobs(study, results), results):
-        found["map"] = map_table(study, results)
-        found["tuned"] = tuned_table(study, results)
-        draw_all(study, results, path.parent / "figures")
-    if find(results, kind="real"):
-        found["real"] = real_table(results)
+    found = tables(study, results)
     if not found:
         fail(f"{path}: runs are missing; finish them with: python data/study/study.py")
+    if "map" in found:
+        draw_all(study, results, path.parent / "figures")
     readme = path.parent / "README.md"
     text = readme.read_text() if readme.exists() else ""
     for name, table in found.items():
@@ -282,13 +368,16 @@ def parse_arguments():
     plot = actions.add_parser("plot", help="curves of runs of yours")
     plot.add_argument("runs", nargs="+", type=Path, help="folders that alphapo.py wrote")
     plot.add_argument("--out", type=Path, dest="picture", default=Path("curves.png"))
-    real = actions.add_parser("real", help="alpha on a real model")
-    real.add_argument("model", help="a model folder")
-    real.add_argument("pairs", type=Path, help="a .jsonl file of pairs")
-    real.add_argument("--alphas", type=float, nargs="+", default=[-1.0, 0.0, 0.25, 1.0])
-    real.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    real.add_argument("--learning-rate", type=float, default=3e-4)
-    real.add_argument("--gamma-beta", type=float, default=0.5)
+    judged = actions.add_parser("real", help="a real model on answers of its own, judged")
+    judged.add_argument("model", help="a folder with a chat model")
+    judged.add_argument("--work", type=Path, help="where its answers are kept (default: out-real)")
+    given = actions.add_parser("displacement", help="a real model on given pairs, without a judge")
+    given.add_argument("model", help="a model folder")
+    given.add_argument("pairs", type=Path, help="a .jsonl file of pairs")
+    given.add_argument("--alphas", type=float, nargs="+", default=[-1.0, 0.0, 0.25, 1.0])
+    given.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    given.add_argument("--learning-rate", type=float, default=3e-4)
+    given.add_argument("--gamma-beta", type=float, default=0.5)
     return parser.parse_args()
 
 
@@ -312,7 +401,11 @@ def act(args):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("quick.jsonl" if args.quick else "results.jsonl")
     if args.action == "real":
-        run_real_study(args, path)
+        args.work = args.work or (folder if args.quick else Path("out-real"))
+        of_model = QUICK_REAL if args.quick else REAL
+        run_real_study(replace(of_model, model=Path(args.model).resolve().name), args, path)
+    elif args.action == "displacement":
+        run_given_pairs(args, path)
     elif args.action is None:
         run_study(study, path, args.workers)
     report(study, path)

@@ -5,7 +5,7 @@
     python data/tiny/make_tiny.py --out FOLDER     # or somewhere else
 
 It is the pipeline of the AlphaPO and SimPO papers in miniature: a supervised model, five responses
-per prompt sampled from that model, scores by the judge in data/judge.py, and the best response
+per prompt sampled from that model, scores by the judge beside this file, and the best response
 against the worst.
 """
 
@@ -17,12 +17,9 @@ import time
 from pathlib import Path
 
 import torch
+from judge import VERBS, as_messages, judge, sample
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-# judge.py is one folder up, and Python only looks beside the script that it runs.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from judge import VERBS, as_messages, judge, sample  # noqa: E402
 
 TINY = Path(__file__).resolve().parent
 SEED = 42

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Judge what models answer to the held-out prompts of the embedded default.
 
-    python data/judge.py data/tiny out    # one or more model folders
+    python data/tiny/judge.py data/tiny out    # one or more model folders
 
 Each model samples four answers per prompt of data/tiny/eval.jsonl, and a program scores them
 between 0 and 1. The judge is a program and not a reward model, because a program knows the right
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-EVAL_PAIRS = Path(__file__).resolve().parent / "tiny" / "eval.jsonl"
+EVAL_PAIRS = Path(__file__).resolve().parent / "eval.jsonl"
 SEED = 42
 PROMPTS_PER_BATCH = 100
 MAX_ANSWER_TOKENS = 80
