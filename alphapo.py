@@ -292,12 +292,15 @@ def convert(name, value, kind, allowed):
     kind, words = getattr(kind, "__args__", [kind])[0], allowed if kind is str else ()
     words = ("true", "false") if kind is bool else words
     try:
+        str(value).encode()  # a name that is not UTF-8 would fail when the model is saved
         value = str(value).lower() if words else kind(str(value))
         fits = value in words if words else not allowed or allowed[0] <= value <= allowed[1]
+        fits = fits and value != "None"
     except ValueError:
         fits = False
     if not fits:
-        wanted = " or ".join(words) or f"{kind.__name__} from {allowed[0]:g} to {allowed[1]:g}"
+        numbers = f"{kind.__name__} from {allowed[0]:g} to {allowed[1]:g}" if allowed[1:] else ""
+        wanted = " or ".join(words) or numbers or "a text in UTF-8"
         raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
     return value == "true" if kind is bool else value
 
@@ -327,7 +330,9 @@ def resolve(config: Config) -> Config:
 
 # ------------------------------------------------------------------------------------ pairs
 MEDIA = "image", "images", "video", "videos", "audio"  # a text model sees nothing of these
-QUESTIONS = "system", "question", "instruction", "input", "query"  # where others put the prompt
+BEYOND_TEXT = "tool_calls", "function_call", "reasoning_content", "thinking", *MEDIA
+PROMPTS = "prompt system system_prompt question instruction input query problem context history "
+PROMPTS = (PROMPTS + "messages conversations").split()  # columns that hold a part of the prompt
 MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:.*\]\s*", re.S)
 ROLES = "system", "developer", "user", "assistant", "tool"
 
@@ -366,6 +371,8 @@ def read_examples(name):
     elif kind == ".csv":
         csv.field_size_limit(2**31 - 1)  # characters, in place of 131,072
         examples = csv.DictReader(open(name, newline="", encoding="utf-8-sig"), strict=True)
+        # None stands for a field that the first line lacks, and for one that the row lacks
+        examples = ({None: row} if None in row.values() else row for row in examples)
     else:
         import datasets  # here, because it takes seconds
 
@@ -393,14 +400,16 @@ def parse_example(example):
         raise UserError(f"needs columns 'chosen' and 'rejected', and has {ascii(sorted(filled))}")
     if lost := filled.intersection(MEDIA):
         raise UserError(f"{min(lost)!r} would be lost, as only text is trained; drop such rows")
-    if all(isinstance(text, str) for text in (prompt or "", chosen, rejected)):
+    asked = {key for key in filled if key.strip("\ufeff ").lower() in PROMPTS}
+    texts = [text for text in (prompt, chosen, rejected) if isinstance(text, str)]
+    if any(map(MESSAGES_AS_TEXT.fullmatch, texts)):
+        raise UserError("a list of messages as text: write it as a list, in JSON lines")
+    if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
         # {"prompt": "2+2=", "chosen": "4", "rejected": "5"}, or the same without a prompt
-        if lost := filled.intersection(QUESTIONS if not prompt else ["system"]):
-            raise UserError(f"{min(lost)!r} would be lost: make it the prompt, or a part of it")
+        if lost := [key for key in asked if str(example[key]) not in (prompt or "")]:
+            raise UserError(f"{lost[0]!r} would be lost: make it the prompt, or a part of it")
         if lost := filled.intersection(["tools", "chat_template_kwargs"]):
             raise UserError(f"{min(lost)!r} would be lost: it needs messages, and these are texts")
-        if any(MESSAGES_AS_TEXT.fullmatch(text) for text in (prompt or "", chosen, rejected)):
-            raise UserError("a list of messages as text: write it as a list, in JSON lines")
         repeated = prompt and chosen.startswith(prompt) and rejected.startswith(prompt)
         start = len(prompt) if repeated and len(prompt) >= 20 else 0  # "a" may begin "apple"
         return prompt, chosen[start:], rejected[start:], {}
@@ -416,15 +425,18 @@ def parse_example(example):
     for message in [*prompt, *chosen, *rejected]:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise UserError(f"a message needs a role ({', '.join(ROLES)}): {ascii(message):.80}")
-        if not isinstance(message.get("content"), str) or message.get("tool_calls"):
-            raise UserError(f"a message needs a text as content alone: {ascii(message):.80}")
+        if not isinstance(message.get("content"), str) or any(map(message.get, BEYOND_TEXT)):
+            raise UserError(f"a message may hold a text as content alone: {ascii(message):.80}")
     said = [[(m["role"], m["content"]) for m in side] for side in (prompt, chosen, rejected)]
     rest = [side[len(prompt) :] if side[: len(prompt)] == said[0] else side for side in said[1:]]
     roles = [role for side in rest for role, _ in side]
     if not prompt or prompt[-1]["role"] == "assistant" or roles != ["assistant", "assistant"]:
         raise UserError(f"needs one prompt, then one assistant message each; responses are {roles}")
-    if "system" in filled and ("system", example["system"]) not in said[0]:
-        raise UserError("'system' would be lost: make it the first message of the prompt")
+    known = [text for _, text in said[0]]
+    if lost := [
+        key for key in asked if isinstance(example[key], str) and example[key] not in known
+    ]:
+        raise UserError(f"{lost[0]!r} would be lost: make it a message of the prompt")
     options = example.get("chat_template_kwargs") or {}
     options = {key: value for key, value in options.items() if value is not None}  # of Parquet
     if "tools" in filled:
@@ -450,7 +462,12 @@ def render(tokenizer, prompt, responses, options):
     after = template([*prompt, responses[0] | {"content": mark}]).rpartition(mark)[2]
     whole = [template([*prompt, response]) for response in responses]
     bare = functools.partial(re.sub, r"\s", "")  # templates strip and add white space
-    lost = [m["content"] for m in prompt if bare(m["content"]) not in bare(begin)]
+    lost, rest = [], bare(begin)
+    for message in prompt:  # in their order, because one text may occur in another
+        text = bare(message["content"])
+        if text not in rest:
+            lost.append(message["content"])
+        rest = rest[rest.find(text) + len(text) :]
     if options.get("tools") and begin == template(prompt, add_generation_prompt=True, tools=None):
         lost.append("tools")
     for text, response in zip(whole, responses):
@@ -502,7 +519,8 @@ def encode(example, tokenizer, endings, config, notes):
     prompt, chosen, rejected = encoded[0][:shared], encoded[0][shared:], encoded[1][shared:]
     for side, text, ids in zip(("chosen", "rejected"), responses, (chosen, rejected)):
         if not text.strip() or endings[1].issuperset(ids):
-            notes[f"pairs dropped, because {side} is empty"] += 1
+            what = "empty" if not text.strip() else "without a word of its own"
+            notes[f"pairs dropped, because {side} is {what}"] += 1
             return None
     if not prompt:
         notes["pairs dropped, because the prompt is empty"] += 1
@@ -530,7 +548,7 @@ def load_pairs(name, tokenizer, endings, config):
         for place, example in tqdm(read_examples(name), name, leave=False, disable=None):
             try:
                 example = json.loads(example) if isinstance(example, bytes) else example
-                digest.update(json.dumps(example, sort_keys=True, default=str).encode())
+                digest.update(json.dumps(example, default=str).encode())
                 if ids := encode(example, tokenizer, endings, config, notes):
                     pairs.append(Pair(*ids, place))
             except UserError as error:
@@ -544,7 +562,7 @@ def load_pairs(name, tokenizer, endings, config):
         raise UserError("\n".join(lines[:10]) + f" (rows refused: {count}; see README.md)")
     if not pairs:
         raise UserError(f"{name}: has no usable pair: {dict(+notes) or 'it is empty'}")
-    return pairs, +notes, digest.hexdigest()  # without the notes that count nothing
+    return pairs, +notes, digest.hexdigest()  # without what counts nothing
 
 
 def load_data(config):
@@ -553,7 +571,7 @@ def load_data(config):
     if not tokenizer.is_fast:
         raise UserError(f"--model {config.model}: its tokenizer has no offsets; add tokenizer.json")
     stops, special = {tokenizer.eos_token_id}, set(tokenizer.all_special_ids)
-    with contextlib.suppress(OSError):  # not every model has a generation_config.json
+    with contextlib.suppress(OSError, ValueError, TypeError):  # few models lack this file
         eos = GenerationConfig.from_pretrained(config.model).eos_token_id
         stops.update(eos if isinstance(eos, list) else [eos])
     special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
@@ -570,9 +588,15 @@ def load_data(config):
     if config.eval_data:
         eval_pairs, more, eval_rows = load_pairs(config.eval_data, tokenizer, endings, config)
         notes += more
+    for name in ("preprocessor_config.json", "processor_config.json"):  # images are not trained
+        notes[f"file that --out will lack: {name}"] += os.path.exists(
+            os.path.join(config.model, name)
+        )
     print(f"{len(pairs)} pairs to train on, {len(eval_pairs)} held out")
+    notes = +notes  # without what counts nothing
     print("".join(f"note: {count} {what}\n" for what, count in notes.items()), end="")
     source = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    source += str([sorted(kind) for kind in endings])
     digests = dict(rows=rows, eval_rows=eval_rows)
     digests["tokenizer"] = hashlib.sha256(source.encode()).hexdigest()
     return tokenizer, pairs, eval_pairs, notes, digests
@@ -589,8 +613,8 @@ def make_skeleton(name):
 
 
 def load_model(name):
-    """The model in float32 on the CPU, in eval mode, where neither dropout nor routers add noise.
-    UserError where files and config disagree: transformers would make up missing weights."""
+    """The model in float32 on the CPU. UserError where files and config disagree, for transformers
+    makes up the weights that are missing."""
     if os.path.exists(os.path.join(name, "adapter_config.json")):
         remedy = "merge it into the weights, or remove adapter_config.json if it is merged"
         raise UserError(f"--model {name}: holds an adapter beside its weights; {remedy}")
@@ -601,7 +625,7 @@ def load_model(name):
         if keys:
             what = f"{len(keys)} {kind.replace('_', ' ')}, such as {min(map(str, keys))}"
             raise UserError(f"--model {name}: {what}; download config and weights again")
-    return model.eval()
+    return model
 
 
 def masks_agree(config, pair):
@@ -716,7 +740,7 @@ def activation_memory(model, config, pairs, micro_tokens):
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     scores = 0
     if model.config._attn_implementation == "eager":  # it keeps the scores of every head
-        scores = 15 * tokens * text.num_attention_heads * longest
+        scores = 15 * tokens * getattr(text, "num_attention_heads", 0) * longest
     kept = tokens * item * (16 * text.hidden_size + 4 * inner) + scores  # by a layer
     kept = kept * text.num_hidden_layers + logits
     if config.gradient_checkpointing:
@@ -840,6 +864,11 @@ def checkpoints(out):
     return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
 
 
+def at_step(tensors, step):
+    """Tensors by their names on the disk, where none can pass for one of another step."""
+    return {f"{step}.{name}": tensor for name, tensor in tensors.items()}
+
+
 def claim(config, on_exit):
     """Make --out, and lock it until the run ends. UserError where it holds anything but a run to
     resume: nothing is ever overwritten that this run did not write."""
@@ -883,14 +912,13 @@ def load_checkpoint(config, state, tensors):
             if old != value and name != "resume":
                 saved["changes"].append(f"{name} from {old} to {value} after step {saved['step']}")
         reader = dcp.HuggingFaceStorageReader(folder)
-        found = reader.read_metadata().state_dict_metadata
+        found, tensors = reader.read_metadata().state_dict_metadata, at_step(tensors, saved["step"])
         for name, tensor in tensors.items():
+            if name not in found:
+                raise UserError(f"{folder}: lacks {name}, or has that of another step; {remedy}")
             if (found[name].size, found[name].properties.dtype) != (tensor.shape, tensor.dtype):
                 raise UserError(f"{folder}: {name} has another shape or type; {remedy}")
         dcp.load(tensors, storage_reader=reader)
-        steps = {int(tensor) for name, tensor in tensors.items() if name.endswith(".step")}
-        if steps != {saved["step"]}:
-            raise UserError(f"{folder}: holds files of steps {sorted(steps)}; {remedy}")
     print(f"resumed after step {saved['step']}")
     return saved | dict(config=state["config"])
 
@@ -903,9 +931,8 @@ def save_checkpoint(out, state, tensors):
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir()
     dist.barrier()
-    # a file for each parameter and its AdamW state: a file is built in memory, and its step is
-    # that of the file, so that load_checkpoint knows one of another checkpoint
-    files = {name: 1 + number // 4 for number, name in enumerate(tensors)}
+    tensors = at_step(tensors, state["step"])
+    files = {name: number for number, name in enumerate(tensors, 1)}  # each is built in memory
     writer = dcp.HuggingFaceStorageWriter(partial, files, save_distributed=True)
     dcp.save(tensors, storage_writer=writer)
     if RANK == 0:
@@ -1037,7 +1064,8 @@ def save_model(model, tokenizer, summary, out):
         folder = out / ".partial"
         shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
         shell.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
+        one = isinstance(tokenizer.chat_template, str)  # several would go to a folder of their own
+        tokenizer.save_pretrained(folder, save_jinja_files=one)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         mode = (folder / "summary.json").stat().st_mode
         os.sync()
@@ -1055,7 +1083,7 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
     loss_fn: a loss in place of alphapo_loss, (chosen_logps, rejected_logps, pairs, batch) ->
         (losses, chosen_rewards, rejected_rewards), one value per pair. batch: indices into pairs,
         which a rehearsal before the first step repeats.
-    model: one that is loaded, float32 on the CPU, in place of the weights that config.model names.
+    model: one that is loaded, on the CPU, in place of the weights that config.model names.
     Raises UserError, before anything is written, where settings, data or model cannot be used, and
     FloatingPointError (a loss or gradient is not finite) or Stopped (a signal, after a save)."""
     config = resolve(config)
@@ -1066,12 +1094,15 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         on_first(claim, config, on_exit)
         tokenizer, pairs, eval_pairs, notes, made_from = on_first(load_data, config)
         skeleton, loaded = make_skeleton(config.model), []
+        about = skeleton.config.to_diff_dict() | dict(transformers_version=None)
+        about = json.dumps(about, sort_keys=True, default=str).encode()
+        made_from["model_config"] = hashlib.sha256(about).hexdigest()
         plan = on_first(make_plan, config, skeleton, pairs, eval_pairs)
         for name in ("offload", "micro_tokens", "gradient_checkpointing"):
             setattr(config, name, plan[name])
 
-        def load():  # on the first process alone; the others receive their shards
-            loaded.append(model or load_model(config.model))
+        def load():  # on the first process alone; in eval mode, where no layer adds noise
+            loaded.append((model or load_model(config.model)).float().eval())
             return check_model(loaded[0], pairs)
 
         reason, *checked = on_first(load)
@@ -1212,7 +1243,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # no terminal's encoding ends a run
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -1222,11 +1253,13 @@ def main(argv=None):
             _, pairs, eval_pairs, *_ = load_data(config)
             make_plan(config, make_skeleton(config.model), pairs, eval_pairs)
         elif train(config):
-            with contextlib.suppress(ImportError):  # no matplotlib, no picture
+            with contextlib.suppress(Exception):  # a picture is not worth a run
                 draw_curves(config.out)
             print(f"{table(config.out)}\nthe aligned model is in {config.out}")
     except UserError as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail("stopped before the first step", 130)
     except Stopped as error:
         number, step = error.args
         processes = TORCHRUN.get("LOCAL_WORLD_SIZE")
