@@ -31,7 +31,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections import Counter, namedtuple
 from pathlib import Path
@@ -53,6 +52,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 TORCHRUN = os.environ if dist.is_torchelastic_launched() else {}  # a stray RANK means nothing
 RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
+GIB = 2**30
 
 
 # ------------------------------------------------------------------------------------ the loss
@@ -69,13 +69,12 @@ def alphapo_loss(chosen_logps, rejected_logps, alpha, beta, gamma):
     Its gradient in chosen_logps is -sigmoid(-m) * beta * exp(-alpha * chosen_logps), and in
     rejected_logps sigmoid(-m) * beta * exp(-alpha * rejected_logps) (arXiv 2501.03884).
 
-    Args:
-        chosen_logps, rejected_logps: mean log-probability per token (nats), (pairs,) each.
-        alpha, beta: shape and scale of the reward; alpha 0 is SimPO.
-        gamma: target margin, not divided by beta; SimPO's settings give gamma / beta instead.
+    chosen_logps, rejected_logps: mean log-probability per token (nats), (pairs,) each.
+    alpha, beta: shape and scale of the reward; alpha 0 is SimPO.
+    gamma: target margin, not divided by beta; SimPO's settings give gamma / beta instead.
     Returns (losses, chosen_rewards, rejected_rewards), (pairs,) each, in the dtype of chosen_logps.
-    Rewards are multiplied by beta and carry no gradient. Raises ValueError where the shapes differ,
-    because broadcasting would compare the wrong responses, or where logps are integers."""
+    Rewards are multiplied by beta and carry no gradient. ValueError where shapes differ, because
+    broadcasting would compare the wrong responses, or where chosen_logps are integers."""
     if chosen_logps.shape != rejected_logps.shape or not chosen_logps.is_floating_point():
         found = [(tuple(logps.shape), logps.dtype) for logps in (chosen_logps, rejected_logps)]
         raise ValueError(f"need log-probabilities of one shape in floating point, not {found}")
@@ -93,11 +92,11 @@ Pair = namedtuple("Pair", "prompt chosen rejected place", defaults=[""])
 
 def pair_tokens(pair, plain_rows):
     """Tokens that the rows of a pair take, before padding."""
-    before, chosen, rejected = len(pair.prompt) - 1, len(pair.chosen), len(pair.rejected)
-    return 2 * (before + max(chosen, rejected)) if plain_rows else before + chosen + rejected
+    head, chosen, rejected = len(pair.prompt) - 1, len(pair.chosen), len(pair.rejected)
+    return 2 * (head + max(chosen, rejected)) if plain_rows else head + chosen + rejected
 
 
-def make_rows(pairs, plain_rows=False):
+def make_rows(pairs, plain_rows=False, device="cpu"):
     """Lay out pairs as padded token rows. A response is predicted by the prompt's last token and by
     its own tokens but the last: these are its segment, and segment 0 is the prompt before them.
 
@@ -106,26 +105,24 @@ def make_rows(pairs, plain_rows=False):
 
     Returns input_ids, position_ids, segments (-1 is padding), (rows, width) each, and targets
     (response tokens,): what the tokens of segments 1 and 2 predict, in the order of the rows."""
-    rows = []  # each a list of (segment, token ids)
+    rows = []  # each a list of (segment, first position, token ids)
     for pair in pairs:
-        before = (0, pair.prompt[:-1])
-        chosen = (1, np.append(pair.prompt[-1:], pair.chosen[:-1]))
-        rejected = (2, np.append(pair.prompt[-1:], pair.rejected[:-1]))
-        shared = [[before, chosen, rejected]]
-        rows += [[before, chosen], [before, rejected]] if plain_rows else shared
-    width = max(sum(len(ids) for _, ids in row) for row in rows)
+        last, start = pair.prompt[-1:], len(pair.prompt) - 1  # where both responses begin
+        head, chosen = (0, 0, pair.prompt[:-1]), (1, start, np.append(last, pair.chosen[:-1]))
+        rejected = (2, start, np.append(last, pair.rejected[:-1]))
+        rows += [[head, chosen], [head, rejected]] if plain_rows else [[head, chosen, rejected]]
+    width = max(sum(len(ids) for *_, ids in row) for row in rows)
     width = math.ceil(width / 8) * 8  # on CUDA, attention copies a mask of any other width
     input_ids, position_ids = np.zeros((2, len(rows), width), np.int64)
     segments = np.full((len(rows), width), -1)
     for r, row in enumerate(rows):
         end = 0
-        for segment, ids in row:
+        for segment, first, ids in row:
             start, end = end, end + len(ids)
-            first = len(row[0][1]) if segment else 0  # both responses begin where the prompt ends
             input_ids[r, start:end], segments[r, start:end] = ids, segment
             position_ids[r, start:end] = np.arange(first, first + len(ids))
     targets = np.concatenate([ids for pair in pairs for ids in pair[1:3]]).astype(np.int64)
-    return [torch.from_numpy(x) for x in (input_ids, position_ids, segments, targets)]
+    return [torch.from_numpy(x).to(device) for x in (input_ids, position_ids, segments, targets)]
 
 
 def attention_masks(config, position_ids, segments, dtype):
@@ -135,25 +132,21 @@ def attention_masks(config, position_ids, segments, dtype):
     query, key = segments[:, :, None], segments[:, None, :]
     seen = ((key == query) | (key == 0)).tril()
     distance = position_ids[:, :, None] - position_ids[:, None, :]
-
-    def additive(window):  # eager attention adds the mask, so a bool mask would be silently wrong
-        visible = seen if window is None else seen & (distance < window)
-        lowest = torch.finfo(torch.bfloat16).min  # finite wherever FSDP casts it: -inf gives NaN
-        return torch.zeros_like(seen, dtype=dtype).masked_fill_(~visible, lowest)[:, None]
-
     windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return additive(windows["sliding_attention"])
-    return {kind: additive(windows[kind]) for kind in set(kinds)}
+    kinds, masks = getattr(config, "layer_types", None), {}
+    for kind in set(kinds or ["sliding_attention"]):
+        hidden = ~seen | (distance >= (windows[kind] or seen.shape[1]))
+        # additive, as eager attention adds it; finite wherever FSDP casts it: -inf gives NaN
+        lowest = torch.finfo(torch.bfloat16).min
+        masks[kind] = torch.zeros_like(seen, dtype=dtype).masked_fill_(hidden, lowest)[:, None]
+    return masks if kinds else masks["sliding_attention"]
 
 
 def pair_logps(model, pairs, plain_rows=False, device="cpu"):
     """(chosen_logps, rejected_logps), (pairs,) each: mean log-probabilities per token (nats) by the
     model's own forward pass, in which only response tokens meet the vocabulary."""
-    rows = [tensor.to(device) for tensor in make_rows(pairs, plain_rows)]
-    input_ids, position_ids, segments, targets = rows
-    inputs = dict(logits_to_keep=segments > 0, use_cache=False)
+    input_ids, position_ids, segments, targets = make_rows(pairs, plain_rows, device)
+    inputs = dict(logits_to_keep=segments > 0, use_cache=False)  # a mask needs transformers 5.22
     if not plain_rows:  # plain rows need no mask: padding stands on the right, where no token looks
         masks = attention_masks(model.config.get_text_config(), position_ids, segments, model.dtype)
         inputs.update(position_ids=position_ids, attention_mask=masks)
@@ -170,8 +163,8 @@ METRICS += ["logps/chosen", "logps/rejected"]  # TRL's names; rewards include be
 
 
 def micro_batches(order, tokens, micro_tokens):
-    """Split indices into lists whose padded rows take at most micro_tokens, or one pair. order:
-    longest first, so that the first of a list decides its width. tokens: of each index."""
+    """Split indices into lists of at most micro_tokens, before their rows are padded, or of one
+    pair. order: longest first, so that the first decides the width. tokens: of each index."""
     batches = []
     for i in order:
         if batches and (len(batches[-1]) + 1) * tokens[batches[-1][0]] <= micro_tokens:
@@ -188,17 +181,17 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
     tokens = {i: pair_tokens(pairs[i], config.plain_rows) for i in indices}
     order = sorted(indices, key=tokens.get, reverse=True)
     shares = [order[rank::WORLD_SIZE] for rank in range(WORLD_SIZE)]
-    shares = [micro_batches(share, tokens, config.micro_tokens) for share in shares]
-    passes = max(map(len, shares))  # as many on every process, because in each FSDP waits for all
+    splits = [micro_batches(share, tokens, config.micro_tokens) for share in shares]
+    passes = max(map(len, splits))  # as many on every process, because in each FSDP waits for all
     sums, bad = torch.zeros(len(METRICS), dtype=torch.float64, device=config.device), []
     for number in range(passes):
-        batch = shares[RANK][number] if number < len(shares[RANK]) else []
+        batch = splits[RANK][number] if number < len(splits[RANK]) else []
         if training and config.offload == "keep":  # weights and sums stay on the device for a step
             model.set_requires_gradient_sync(number == passes - 1)
             model.set_reshard_after_backward(number == passes - 1)
-        some = [pairs[i] for i in batch or order[:1]]
+        here = [pairs[i] for i in batch or order[:1]]
         with torch.set_grad_enabled(training):
-            logps = pair_logps(model, some, config.plain_rows, config.device)
+            logps = pair_logps(model, here, config.plain_rows, config.device)
             if batch:
                 losses, chosen_rewards, rejected_rewards = loss_fn(*logps, pairs, batch)
             else:  # any pair, times zero, because other processes go on
@@ -209,15 +202,15 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
         values = losses, chosen_rewards, rejected_rewards, margins, margins > 0, *logps
         values = torch.stack([value.detach().double() for value in values])  # (metrics, pairs)
         sums += values.sum(1) * bool(batch)
-        bad.append((some, ~values[0].isfinite()))
-    for module in model.modules() if not training else ():  # a backward pass does this by itself
-        if isinstance(module, FSDPModule):
+        bad.append((here, ~values[0].isfinite()))
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and not training:  # a backward pass does this by itself
             module.reshard()
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     means = dict(zip(METRICS, (sums / len(order)).tolist()))  # waits for the device
     if not math.isfinite(means["loss"]):
-        places = [pair.place for some, flags in bad for pair, flag in zip(some, flags) if flag]
+        places = [pair.place for here, flags in bad for pair, flag in zip(here, flags) if flag]
         raise FloatingPointError(f"the loss is not finite, at {places[:10] or 'another process'}")
     return means
 
@@ -270,9 +263,9 @@ class Config:
     warmup_ratio: float = setting(0.1, "share of the steps that warm up", 0, 0.99)
     max_grad_norm: float = setting(1.0, "clip the gradient to this norm", 1e-12, 1e12)
     max_length: int = setting(2048, "tokens of prompt and response together", 2, 1e9)
-    max_prompt_length: int | None = setting(None, "what cut prompts keep: length - 248", 1, 1e9)
-    micro_tokens: int | None = setting(None, "tokens at a time: cpu 512, cuda <= 8192", 1, 1e9)
-    gradient_checkpointing: bool | None = setting(None, "recompute layers: if memory needs it")
+    max_prompt_length: int | None = setting(None, "keep so much of prompts that are cut", 1, 1e9)
+    micro_tokens: int | None = setting(None, "tokens of a forward pass, or by memory", 1, 1e9)
+    gradient_checkpointing: bool | None = setting(None, "recompute layers, or where memory asks")
     plain_rows: bool = setting(False, "compute each prompt twice, as other trainers do")
     device: str = setting("auto", "where the model computes", "auto", "cuda", "cpu")
     dtype: str = setting("auto", "what to compute in", "auto", "bfloat16", "float32")
@@ -287,40 +280,38 @@ class Config:
 # fmt: on
 
 
-def convert(name, value, kind, allowed):
-    """A setting in its type, which is kind or None, from a text, a path or any kind of number."""
-    kind, words = getattr(kind, "__args__", [kind])[0], allowed if kind is str else ()
-    words = ("true", "false") if kind is bool else words
-    try:
-        str(value).encode()  # a name that is not UTF-8 would fail when the model is saved
-        value = str(value).lower() if words else kind(str(value))
-        fits = value in words if words else not allowed or allowed[0] <= value <= allowed[1]
-        fits = fits and value != "None"
-    except ValueError:
-        fits = False
-    if not fits:
-        numbers = f"{kind.__name__} from {allowed[0]:g} to {allowed[1]:g}" if allowed[1:] else ""
-        wanted = " or ".join(words) or numbers or "a text in UTF-8"
-        raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
-    return value == "true" if kind is bool else value
-
-
 def resolve(config: Config) -> Config:
     """A config of the right types, with what depends on the machine filled in, or UserError."""
     config = dataclasses.replace(config)
     for field in dataclasses.fields(Config):
-        name, value = field.name, getattr(config, field.name)
-        if value is not None or field.default is not None:
-            setattr(config, name, convert(name, value, field.type, field.metadata["allowed"]))
+        value, allowed = getattr(config, field.name), field.metadata["allowed"]
+        if value is None and field.default is None:
+            continue
+        kind = getattr(field.type, "__args__", [field.type])[0]  # int of int | None
+        allowed = ("true", "false") if kind is bool else allowed
+        try:  # from text, because int(1.5) is 1 and bool("false") is True
+            if kind in (int, float):
+                wanted = f"{kind.__name__} from {allowed[0]:g} to {allowed[1]:g}"
+                value = kind(str(value))
+                fits = allowed[0] <= value <= allowed[1]
+            else:
+                wanted = " or ".join(allowed) or "a text in UTF-8"
+                value = str(value).lower() if allowed else str(value)
+                value.encode()  # a name that is not UTF-8 would fail when the model is saved
+                fits = value in allowed if allowed else value != "None"
+        except ValueError:
+            fits = False
+        if not fits:
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: must be {wanted}")
+        setattr(config, field.name, value == "true" if kind is bool else value)
     if config.data is None:
         raise UserError("--data is missing: name a file of pairs, or a preset as --model (--help)")
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     if config.device == "cuda" and not on_gpu:
         raise UserError("--device cuda: torch sees no GPU")
     config.device = "cuda" if on_gpu else "cpu"
-    config.dtype = config.dtype.replace("auto", "bfloat16" if on_gpu else "float32")
-    if config.gradient_checkpointing is None and not on_gpu:
-        config.gradient_checkpointing = False
+    if config.dtype == "auto":
+        config.dtype = "bfloat16" if on_gpu else "float32"
     if config.max_prompt_length is None:  # a cut prompt leaves room to its responses
         config.max_prompt_length = config.max_length - min(248, config.max_length // 2)
     if config.max_prompt_length >= config.max_length:
@@ -331,10 +322,12 @@ def resolve(config: Config) -> Config:
 # ------------------------------------------------------------------------------------ pairs
 MEDIA = "image", "images", "video", "videos", "audio"  # a text model sees nothing of these
 BEYOND_TEXT = "tool_calls", "function_call", "reasoning_content", "thinking", *MEDIA
-PROMPTS = "prompt system system_prompt question instruction input query problem context history "
-PROMPTS = (PROMPTS + "messages conversations").split()  # columns that hold a part of the prompt
+PROMPTS = "prompt", "system", "system_prompt", "question", "instruction", "input", "query"
+PROMPTS += "problem", "context", "history", "messages", "conversations"  # may be of the prompt
 MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:.*\]\s*", re.S)
 ROLES = "system", "developer", "user", "assistant", "tool"
+# sets of token ids: those at which the model stops, and these with all special ones
+Endings = namedtuple("Endings", "stops special")
 
 
 @contextlib.contextmanager
@@ -344,17 +337,15 @@ def user_error(what, remedy):
         yield
     except UserError:
         raise
-    except Exception as error:  # libraries raise kinds of their own
+    except (Exception, dcp.CheckpointException) as error:  # libraries raise kinds of their own
         why = getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or repr(error)
         raise UserError(f"{what}; {remedy} ({why:.300})") from error
 
 
 def load_pretrained(kind, name, **options):
     """Load a config, tokenizer or model from a folder, the hub or its cache, or raise UserError."""
-    remedy = f"name a preset ({', '.join(PRESETS)}), a folder of config, tokenizer and safetensors"
-    remedy += ", or a hub id, for which a gated one needs its licence accepted and `hf auth login`"
-    if name == str(TINY):
-        remedy = "the tiny preset needs the folder data/tiny beside alphapo.py"
+    remedy = f"name a preset ({', '.join(PRESETS)}; tiny is data/tiny beside alphapo.py), a folder"
+    remedy += " or a hub id with safetensors; a gated one needs its licence and `hf auth login`"
     with user_error(f"--model {name}: not loaded", remedy):
         return kind.from_pretrained(name, **options)
 
@@ -363,11 +354,11 @@ def read_examples(name):
     """Yield (place, example): a dict of columns, or a line of JSON, of a file or hub data set."""
     kind, place = Path(name).suffix.lower(), f"{name}: row "
     if kind in (".json", ".jsonl"):
-        examples = Path(name).read_bytes().removeprefix(b"\xef\xbb\xbf")
-        if examples.lstrip().startswith(b"["):
-            examples = json.loads(examples)
+        content = Path(name).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        if content.lstrip().startswith(b"["):
+            examples = json.loads(content)
         else:  # one row a line, whatever the file is called
-            examples, place = examples.split(b"\n"), f"{name}:"
+            examples, place = content.split(b"\n"), f"{name}:"
     elif kind == ".csv":
         csv.field_size_limit(2**31 - 1)  # characters, in place of 131,072
         examples = csv.DictReader(open(name, newline="", encoding="utf-8-sig"), strict=True)
@@ -379,25 +370,20 @@ def read_examples(name):
         repository, _, split = name.partition(":")
         if kind == ".parquet":
             examples = datasets.load_dataset("parquet", data_files=name, split="train")
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-            examples = datasets.load_dataset(repository, split=split or "train")
         else:
-            raise UserError(f"{name}: neither a .jsonl, .json, .parquet or .csv file nor a hub id")
+            examples = datasets.load_dataset(repository, split=split or "train")
     for number, example in enumerate(examples, 1):
         if not isinstance(example, bytes) or example.strip():  # an empty line is no row
             yield f"{place}{number}", example
 
 
 def parse_example(example):
-    """(prompt, chosen, rejected, template options) of a row in one of TRL's preference formats.
-    Texts: the prompt or None, and both responses without it. Messages: a list, and one for each
-    response. Raises UserError where a part of the row would be lost."""
+    """(prompt, chosen, rejected, template options) of a row in a preference format of TRL: texts or
+    messages, each response without the prompt. UserError where a part would be lost."""
     if not isinstance(example, dict) or None in example:  # csv puts there what is too much
         raise UserError(f"must have the columns of the first line, not {ascii(example):.80}")
     filled = {key for key, value in example.items() if value not in (None, "", [], {})}
     prompt, chosen, rejected = (example.get(name) for name in ("prompt", "chosen", "rejected"))
-    if chosen is None or rejected is None:
-        raise UserError(f"needs columns 'chosen' and 'rejected', and has {ascii(sorted(filled))}")
     if lost := filled.intersection(MEDIA):
         raise UserError(f"{min(lost)!r} would be lost, as only text is trained; drop such rows")
     asked = {key for key in filled if key.strip("\ufeff ").lower() in PROMPTS}
@@ -406,22 +392,19 @@ def parse_example(example):
         raise UserError("a list of messages as text: write it as a list, in JSON lines")
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
         # {"prompt": "2+2=", "chosen": "4", "rejected": "5"}, or the same without a prompt
+        asked |= filled.intersection(["tools", "chat_template_kwargs"])  # which need messages
         if lost := [key for key in asked if str(example[key]) not in (prompt or "")]:
             raise UserError(f"{lost[0]!r} would be lost: make it the prompt, or a part of it")
-        if lost := filled.intersection(["tools", "chat_template_kwargs"]):
-            raise UserError(f"{min(lost)!r} would be lost: it needs messages, and these are texts")
         repeated = prompt and chosen.startswith(prompt) and rejected.startswith(prompt)
         start = len(prompt) if repeated and len(prompt) >= 20 else 0  # "a" may begin "apple"
         return prompt, chosen[start:], rejected[start:], {}
     if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise UserError("'chosen' and 'rejected' must both be texts, or both lists of messages")
-    if isinstance(prompt, str) and len(chosen) == 1:
-        # {"prompt": "Hi", "chosen": [assistant], "rejected": [assistant]}
+        columns = ascii(sorted(filled))
+        raise UserError(f"needs 'chosen' and 'rejected', both texts or both lists, not {columns}")
+    if isinstance(prompt, str) and len(chosen) == 1:  # "Hi", [assistant], [assistant]
         prompt = [dict(role="user", content=prompt)]
-    elif isinstance(prompt, str | None):
-        # {"chosen": [user, assistant], "rejected": [user, assistant]}; UltraFeedback has a text too
+    elif isinstance(prompt, str | None):  # [user, assistant] twice; UltraFeedback has a text too
         prompt = chosen[:-1]
-    # or else {"prompt": [user], "chosen": [assistant], "rejected": [assistant]}
     for message in [*prompt, *chosen, *rejected]:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise UserError(f"a message needs a role ({', '.join(ROLES)}): {ascii(message):.80}")
@@ -432,11 +415,9 @@ def parse_example(example):
     roles = [role for side in rest for role, _ in side]
     if not prompt or prompt[-1]["role"] == "assistant" or roles != ["assistant", "assistant"]:
         raise UserError(f"needs one prompt, then one assistant message each; responses are {roles}")
-    known = [text for _, text in said[0]]
-    if lost := [
-        key for key in asked if isinstance(example[key], str) and example[key] not in known
-    ]:
-        raise UserError(f"{lost[0]!r} would be lost: make it a message of the prompt")
+    asked = {key: example[key] for key in asked if isinstance(example[key], str)}
+    if lost := set(asked.values()) - {text for _, text in said[0]}:
+        raise UserError(f"{min(lost)!r:.80} would be lost: make it a message of the prompt")
     options = example.get("chat_template_kwargs") or {}
     options = {key: value for key, value in options.items() if value is not None}  # of Parquet
     if "tools" in filled:
@@ -447,18 +428,20 @@ def parse_example(example):
 
 def common_prefix(*sequences):
     """How many letters or tokens at the start are the same in all sequences."""
-    return [*(len(set(items)) == 1 for items in zip(*sequences)), False].index(False)
+    differ = (i for i, items in enumerate(zip(*sequences)) if len(set(items)) > 1)
+    return next(differ, min(map(len, sequences)))
 
 
 def render(tokenizer, prompt, responses, options):
     """Text of the prompt, texts of prompt and response, and what follows a response in them.
-    Templates move or drop a part of the prompt once a response follows, drop a part of that, or
-    write a header behind it: this is checked, and UserError shows what is lost. The text of a
-    special token in a message becomes that token, as it does at inference."""
+    Templates move or drop a part of the prompt once a response follows, drop a part of a response,
+    or write a header behind it: UserError shows what is lost. The text of a special token in a
+    message becomes that token, as it does at inference."""
     if not tokenizer.chat_template:
         raise UserError("the tokenizer of --model has no chat template: pass texts, or give it one")
     template = functools.partial(tokenizer.apply_chat_template, tokenize=False, **options)
-    begin, mark = template(prompt, add_generation_prompt=True), "\ue000"  # for private use
+    begin = template(prompt, add_generation_prompt=True)
+    mark = "\ue000"  # a character for private use, so it is in no template
     after = template([*prompt, responses[0] | {"content": mark}]).rpartition(mark)[2]
     whole = [template([*prompt, response]) for response in responses]
     bare = functools.partial(re.sub, r"\s", "")  # templates strip and add white space
@@ -471,15 +454,13 @@ def render(tokenizer, prompt, responses, options):
     if options.get("tools") and begin == template(prompt, add_generation_prompt=True, tools=None):
         lost.append("tools")
     for text, response in zip(whole, responses):
-        same = common_prefix(begin.rstrip(), text)
-        middle = bare(text[same : len(text) - len(after)])
-        if same < len(begin.rstrip()):
-            lost.append(begin[same:])
-        elif not text.endswith(after) or not middle.endswith(bare(response["content"])):
+        answer = bare(text[len(begin.rstrip()) : len(text) - len(after)])
+        if not text.startswith(begin.rstrip()):
+            lost.append(begin[common_prefix(begin, text) :])
+        elif not text.endswith(after) or not answer.endswith(bare(response["content"])):
             lost.append(response["content"])
     if lost:
-        remedy = "mend the row, or render it yourself into texts: prompt, chosen, rejected"
-        raise UserError(f"the chat template loses or moves {lost[0]!r:.100}; {remedy}")
+        raise UserError(f"the chat template loses or moves {lost[0]!r:.100}; pass rendered texts")
     return begin, whole, after
 
 
@@ -491,18 +472,21 @@ def tokenize(tokenizer, endings, text, after):
     ids, end = encoding["input_ids"], len(encoding["input_ids"])
     if after is not None:  # normalizers move the ends of tokens, and not where they start
         end = sum(start < len(text) - len(after) for start, _ in encoding["offset_mapping"])
-    elif special := endings[1].intersection(ids):
+    elif special := endings.special.intersection(ids):
         while end and (ids[end - 1] in special or not tokenizer.decode(ids[end - 1]).strip()):
             end -= 1
     found = [i for kind in endings for i in range(end, len(ids)) if ids[i] in kind]
+    if found:
+        return ids[: found[0] + 1]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return ids[: found[0] + 1] if found else (ids if after is None else ids[:end]) + eos
+    return (ids if after is None else ids[:end]) + eos
 
 
 def encode(example, tokenizer, endings, config, notes):
-    """Token ids (prompt, chosen, rejected) of a row, or None, noted, where it cannot teach.
-    Prompt and response are tokenized together, because tokenizers merge across the boundary. Where
-    a pair is too long, the prompt loses its beginning, then the responses lose their ends."""
+    """Token ids (prompt, chosen, rejected) of a row, int32, or None where it cannot teach. Prompt
+    and response are tokenized together, because tokenizers merge across the boundary. Where a pair
+    is too long, the prompt loses its beginning, then the responses lose their ends. notes: counts
+    all this, some of it as zero."""
     prompt, *responses, options = parse_example(example)
     if isinstance(prompt, list):
         begin, texts, after = render(tokenizer, prompt, responses, options)
@@ -518,14 +502,14 @@ def encode(example, tokenizer, endings, config, notes):
     shared = min(common_prefix(*encoded), len(encoded[0]) - 1, len(encoded[1]) - 1)
     prompt, chosen, rejected = encoded[0][:shared], encoded[0][shared:], encoded[1][shared:]
     for side, text, ids in zip(("chosen", "rejected"), responses, (chosen, rejected)):
-        if not text.strip() or endings[1].issuperset(ids):
+        if not text.strip() or endings.special.issuperset(ids):
             what = "empty" if not text.strip() else "without a word of its own"
             notes[f"pairs dropped, because {side} is {what}"] += 1
             return None
     if not prompt:
         notes["pairs dropped, because the prompt is empty"] += 1
         return None
-    endless = not endings[1].issuperset([chosen[-1], rejected[-1]])
+    endless = not endings.special.issuperset([chosen[-1], rejected[-1]])
     notes["pairs without an end of turn, because the tokenizer has no EOS token"] += endless
     longest = max(len(chosen), len(rejected))
     if len(prompt) > max(config.max_length - longest, config.max_prompt_length):
@@ -544,22 +528,20 @@ def load_pairs(name, tokenizer, endings, config):
     """(list of Pair, Counter of what was dropped or cut, SHA-256 of the rows as they were read), or
     UserError with the reasons for which rows are refused."""
     pairs, notes, refused, digest = [], Counter(), {}, hashlib.sha256()
-    with user_error(f"{name}: not loaded", "name a file of pairs, or a hub data set within reach"):
+    with user_error(f"{name}: not loaded", "name a .jsonl, .json, .csv, .parquet, or a hub id"):
         for place, example in tqdm(read_examples(name), name, leave=False, disable=None):
             try:
                 example = json.loads(example) if isinstance(example, bytes) else example
                 digest.update(json.dumps(example, default=str).encode())
                 if ids := encode(example, tokenizer, endings, config, notes):
                     pairs.append(Pair(*ids, place))
-            except UserError as error:
-                refused.setdefault(str(error), []).append(place)
-            except Exception as error:  # of JSON, of a template, or what nobody foresaw
-                reason = f"not understood: {type(error).__name__}: {error!s:.200}"
+            except Exception as error:  # ours, or of JSON, of a template, or what nobody foresaw
+                known = isinstance(error, UserError)
+                reason = str(error) if known else f"not understood: {error!r:.200}"
                 refused.setdefault(reason, []).append(place)
     if refused:
-        lines = [f"{places[0]}: {reason}" for reason, places in refused.items()]
-        count = sum(map(len, refused.values()))
-        raise UserError("\n".join(lines[:10]) + f" (rows refused: {count}; see README.md)")
+        lines = [f"{places[0]}: {reason} ({len(places)})" for reason, places in refused.items()]
+        raise UserError("\n".join(lines[:10]))
     if not pairs:
         raise UserError(f"{name}: has no usable pair: {dict(+notes) or 'it is empty'}")
     return pairs, +notes, digest.hexdigest()  # without what counts nothing
@@ -570,36 +552,34 @@ def load_data(config):
     tokenizer = load_pretrained(AutoTokenizer, config.model)
     if not tokenizer.is_fast:
         raise UserError(f"--model {config.model}: its tokenizer has no offsets; add tokenizer.json")
-    stops, special = {tokenizer.eos_token_id}, set(tokenizer.all_special_ids)
+    stops = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError, ValueError, TypeError):  # few models lack this file
         eos = GenerationConfig.from_pretrained(config.model).eos_token_id
         stops.update(eos if isinstance(eos, list) else [eos])
-    special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.discard(tokenizer.unk_token_id)  # unknown words are text
-    endings = stops - {None}, (special | stops) - {None}
+    endings = Endings(stops - {None}, (special | stops) - {None})
     pairs, notes, rows = load_pairs(config.data, tokenizer, endings, config)
     print("the first pair as the model sees it:")
     for part, ids in zip(Pair._fields, pairs[0][:3]):
         text = repr(tokenizer.decode(ids))
         print(f"  {part:9}{text if len(text) < 87 else f'{text[:41]} ... {text[-41:]}'}")
     pairs = [pairs[i] for i in np.random.default_rng(config.seed).permutation(len(pairs))]
-    held_out = 0 if config.eval_data else math.ceil(config.eval_split * (len(pairs) - 1))
-    eval_pairs, pairs, eval_rows = pairs[:held_out], pairs[held_out:], None
     if config.eval_data:
         eval_pairs, more, eval_rows = load_pairs(config.eval_data, tokenizer, endings, config)
         notes += more
-    for name in ("preprocessor_config.json", "processor_config.json"):  # images are not trained
-        notes[f"file that --out will lack: {name}"] += os.path.exists(
-            os.path.join(config.model, name)
-        )
+    else:
+        count, eval_rows = math.ceil(config.eval_split * (len(pairs) - 1)), None
+        eval_pairs, pairs = pairs[:count], pairs[count:]
     print(f"{len(pairs)} pairs to train on, {len(eval_pairs)} held out")
-    notes = +notes  # without what counts nothing
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if os.path.exists(os.path.join(config.model, name)):
+            print(f"note: --out will lack {name}, which a processor for images needs: copy it")
     print("".join(f"note: {count} {what}\n" for what, count in notes.items()), end="")
     source = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
     source += str([sorted(kind) for kind in endings])
-    digests = dict(rows=rows, eval_rows=eval_rows)
-    digests["tokenizer"] = hashlib.sha256(source.encode()).hexdigest()
-    return tokenizer, pairs, eval_pairs, notes, digests
+    source = hashlib.sha256(source.encode()).hexdigest()
+    return tokenizer, pairs, eval_pairs, notes, dict(rows=rows, eval_rows=eval_rows, tokens=source)
 
 
 # ------------------------------------------------------------------------------------ the model
@@ -616,15 +596,12 @@ def load_model(name):
     """The model in float32 on the CPU. UserError where files and config disagree, for transformers
     makes up the weights that are missing."""
     if os.path.exists(os.path.join(name, "adapter_config.json")):
-        remedy = "merge it into the weights, or remove adapter_config.json if it is merged"
-        raise UserError(f"--model {name}: holds an adapter beside its weights; {remedy}")
+        raise UserError(f"--model {name}: holds an adapter beside its weights; merge or remove it")
     options = dict(dtype=torch.float32, use_safetensors=True)
     options.update(ignore_mismatched_sizes=True, output_loading_info=True)  # refused below
     model, report = load_pretrained(AutoModelForCausalLM, name, **options)
-    for kind, keys in report.items():
-        if keys:
-            what = f"{len(keys)} {kind.replace('_', ' ')}, such as {min(map(str, keys))}"
-            raise UserError(f"--model {name}: {what}; download config and weights again")
+    if wrong := {kind: min(map(str, keys)) for kind, keys in report.items() if keys}:
+        raise UserError(f"--model {name}: {wrong}; download config and weights again")
     return model
 
 
@@ -644,9 +621,8 @@ def masks_agree(config, pair):
 
 @torch.no_grad()
 def check_model(model, pairs):
-    """(why shared rows are wrong for this model or None, a short pair, its logps in plain rows)
-    in float32: short, since 7B takes its time on a CPU. UserError where figures are not finite, or
-    where a later token changes what stands before it."""
+    """(why shared rows are wrong for this model or None, a short pair, since 7B takes its time on a
+    CPU, its logps in plain rows). UserError where the model is not causal or not finite."""
     device, config = next(model.parameters()).device, model.config.get_text_config()
     longest = max(pairs, key=lambda pair: pair_tokens(pair, plain_rows=False))
     short = Pair(longest.prompt[-256:], longest.chosen[:128], longest.rejected[:128])
@@ -680,11 +656,12 @@ def shard(whole, skeleton, config, pin_memory):
     """The model to train. FSDP2 keeps float32 weights and gradients and computes in config.dtype;
     one process in float32 on a CPU needs no engine. whole: the loaded model on the first process,
     None on the others, which receive their shards into the skeleton."""
-    model, on_host = whole if WORLD_SIZE == 1 else skeleton, config.offload in ("keep", "layers")
-    if config.gradient_checkpointing:
-        for layer in layers_of(model):  # not by training mode, which would turn dropout on
-            options = dict(use_reentrant=False, preserve_rng_state=False)
-            layer.forward = functools.partial(checkpoint, layer.forward, **options)
+    model = whole if WORLD_SIZE == 1 else skeleton
+    on_host = config.offload in ("keep", "layers")
+    if config.gradient_checkpointing:  # not by training mode, which would turn dropout on
+        recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        for layer in layers_of(model):
+            layer.forward = functools.partial(recompute, layer.forward)
     if (config.device, config.dtype, WORLD_SIZE, on_host) == ("cpu", "float32", 1, False):
         return model
     dtypes = MixedPrecisionPolicy(getattr(torch, config.dtype), reduce_dtype=torch.float32)
@@ -701,12 +678,11 @@ def shard(whole, skeleton, config, pin_memory):
         weights = whole.state_dict() if whole else {}
         how = state_dicts.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         state_dicts.set_model_state_dict(model, weights, options=how)
-        for path, module in model.named_modules():  # rotary tables are in no state dict
-            for name, buffer in module.named_buffers(recurse=False):
-                if whole:
-                    buffer.copy_(whole.get_submodule(path).get_buffer(name))
-                dist.broadcast(buffer, 0)
-                setattr(module, name, buffer.to(config.device))
+        for name, buffer in model.named_buffers():  # rotary tables are in no state dict
+            if whole:
+                buffer.copy_(whole.get_buffer(name))
+            dist.broadcast(buffer, 0)
+            buffer.data = buffer.to(config.device)
     return model
 
 
@@ -725,9 +701,6 @@ def make_optimizer(model):
 
 
 # ------------------------------------------------------------------------------------ the plan
-GIB = 2**30
-
-
 def activation_memory(model, config, pairs, micro_tokens):
     """GiB that a micro-batch takes beside the weights, at most. An estimate, fitted to what layers
     of Llama, Mistral and Gemma-2 keep for the backward pass."""
@@ -738,14 +711,14 @@ def activation_memory(model, config, pairs, micro_tokens):
     responses = max((len(p.chosen) + len(p.rejected)) / row for p, row in zip(pairs, rows))
     logits = tokens * (12 * responses * text.vocab_size + 4 * item * text.hidden_size)
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    scores = 0
-    if model.config._attn_implementation == "eager":  # it keeps the scores of every head
-        scores = 15 * tokens * getattr(text, "num_attention_heads", 0) * longest
-    kept = tokens * item * (16 * text.hidden_size + 4 * inner) + scores  # by a layer
-    kept = kept * text.num_hidden_layers + logits
+    eager = model.config._attn_implementation == "eager"  # which keeps the scores of every head
+    scores = 15 * tokens * longest * text.num_attention_heads if eager else 0
     if config.gradient_checkpointing:
         layer = tokens * item * (14 * text.hidden_size + 6 * inner) + scores  # in its backward pass
         kept = tokens * item * text.hidden_size * text.num_hidden_layers + max(layer, logits)
+    else:
+        layer = tokens * item * (16 * text.hidden_size + 4 * inner) + scores
+        kept = layer * text.num_hidden_layers + logits
     return (kept + (0 if config.plain_rows else 3 * item * tokens * longest)) / GIB
 
 
@@ -768,9 +741,7 @@ def peak_memory(config):
 
 
 def find_place(config, model, pairs):
-    """How a run is placed: the first way that fits this machine, or the last, as a dict of the
-    settings offload, micro_tokens and gradient_checkpointing, of pin_memory, and of what it takes.
-
+    """The first way to place a run that fits this machine, or the last, and what it takes.
     A parameter takes 16 bytes in float32 (weight, gradient, two moments) over all processes. The
     device also holds the copies to compute with, and with "keep" the sums of gradients; with
     "layers", three layers at a time. Pinned memory comes in blocks of powers of two."""
@@ -808,9 +779,11 @@ def find_place(config, model, pairs):
     return place | dict(pin_memory=pin, device_gib=device, host_gib=host, fits=fits)
 
 
-def check_lengths(config, text, pairs):
-    """UserError where pairs are longer than the model's figures are right for. text: its config."""
-    longest = max(len(pair.prompt) + max(map(len, pair[1:3])) for pair in pairs)
+def make_plan(config, model, pairs, eval_pairs):
+    """Print and return what a run takes, or UserError where, but for --plan, it does not fit."""
+    everything, count = [*pairs, *eval_pairs], model.num_parameters()
+    text = model.config.get_text_config()  # its figures are right up to some length of a pair
+    longest = max(len(pair.prompt) + max(map(len, pair[1:3])) for pair in everything)
     limits = [getattr(text, "max_position_embeddings", None) or longest + 7]
     ropes = getattr(text, "rope_parameters", None) or {}
     for rope in [ropes, *(part for part in ropes.values() if isinstance(part, dict))]:
@@ -818,16 +791,10 @@ def check_lengths(config, text, pairs):
             limits.append(rope.get("original_max_position_embeddings") or limits[0])
     limit = min(limits) // 8 * 8  # as rows are padded
     if longest > limit:
-        what = f"a pair takes {longest} positions, and figures are right up to {limit}"
-        raise UserError(f"--model {config.model}: {what}; pass --max-length {limit}")
-    if max(ids.max() for pair in pairs for ids in pair[:3]) >= text.vocab_size:
+        what = f"takes {longest} positions, and figures are right up to {limit}"
+        raise UserError(f"--max-length {limit}: needed, because a pair {what}")
+    if max(ids.max() for pair in everything for ids in pair[:3]) >= text.vocab_size:
         raise UserError(f"--model {config.model}: the tokenizer has ids beyond the embedding")
-
-
-def make_plan(config, model, pairs, eval_pairs):
-    """Print and return what a run takes, or UserError where, but for --plan, it does not fit."""
-    everything, count, free = [*pairs, *eval_pairs], model.num_parameters(), free_memory("cpu")
-    check_lengths(config, model.config.get_text_config(), everything)
     steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
     steps = min(config.max_steps or math.inf, steps_per_epoch * config.epochs)
     tokens = sum(len(ids) for pair in pairs for ids in pair[:3]) * steps // steps_per_epoch
@@ -836,17 +803,15 @@ def make_plan(config, model, pairs, eval_pairs):
     parent = next(path for path in Path(config.out).absolute().parents if path.exists())
     room, ratio = shutil.disk_usage(parent).free / GIB, config.gamma / config.beta
     plan = find_place(config, model, everything)
-    memory = f"{plan['host_gib']:.2f} of {free:.2f} GiB on the host"
-    if config.device == "cuda":
-        memory += f", {plan['device_gib']:.2f} of {free_memory('cuda'):.2f} on each GPU"
     print(f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g} (/beta {ratio:g})")
     print(f"{count / 1e6:,.1f} M parameters in {config.dtype} on {WORLD_SIZE} x {config.device}")
     print(f"{tokens:,} tokens in {steps} steps of {config.batch_size} pairs")
-    print(f"memory: {memory} (--offload {plan['offload']})")
+    print(f"--offload {plan['offload']}: {plan['host_gib']:.2f} of {free_memory('cpu'):.2f} GiB")
+    if config.device == "cuda":
+        print(f"on each GPU: {plan['device_gib']:.2f} of {free_memory('cuda'):.2f} GiB")
     print(f"disk: {disk:.2f} of {room:.2f} GiB, and {12 * count / GIB:.2f} to save after a signal")
     if not plan["fits"] and not config.plan:
-        remedy = "lower --micro-tokens, use more GPUs or a smaller model"
-        raise UserError(f"--model {config.model}: does not fit in this machine's memory; {remedy}")
+        raise UserError("the run does not fit in memory: lower --micro-tokens, or use more GPUs")
     if disk > room and not config.plan and not config.resume:
         raise UserError(f"--out {config.out}: the disk has no room for {disk:.2f} GiB")
     plan.update(parameters=count, steps=steps, steps_per_epoch=steps_per_epoch, tokens=tokens)
@@ -854,34 +819,29 @@ def make_plan(config, model, pairs, eval_pairs):
 
 
 # ------------------------------------------------------------------------------------ checkpoints
-MAY_CHANGE = "data eval_data out learning_rate device micro_tokens gradient_checkpointing offload "
-MAY_CHANGE = (MAY_CHANGE + "eval_every save_every resume").split()  # in a run that is resumed
+MAY_CHANGE = ["data", "eval_data", "out", "learning_rate", "device", "offload", "micro_tokens"]
+MAY_CHANGE += ["gradient_checkpointing", "eval_every", "save_every", "resume"]  # when resumed
 
 
 def checkpoints(out):
     """The folders checkpoint-STEP in out, newest first."""
-    folders = [path for path in Path(out).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
-
-
-def at_step(tensors, step):
-    """Tensors by their names on the disk, where none can pass for one of another step."""
-    return {f"{step}.{name}": tensor for name, tensor in tensors.items()}
+    folders = Path(out).glob("checkpoint-*[0-9]")
+    return sorted(folders, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def claim(config, on_exit):
-    """Make --out, and lock it until the run ends. UserError where it holds anything but a run to
-    resume: nothing is ever overwritten that this run did not write."""
+    """Make --out, and lock it until the run ends. UserError if it holds what is not to resume."""
     out, number = Path(config.out), 2
     while os.path.lexists(f"{out}-{number}"):
         number += 1
     other = f"pass --out {out}-{number}"
     with user_error(f"--out {out}", f"another run may be writing there; {other}"):
         out.mkdir(parents=True, exist_ok=True)
-        folder = os.open(out, os.O_RDONLY)
-        on_exit.callback(os.close, folder)
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        on_exit.callback(lambda: os.listdir(out) or out.rmdir())  # if the run ends before it begins
+        lock = os.open(out, os.O_RDONLY)
+        on_exit.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # if the run ends before it begins
+        on_exit.callback(lambda: None if os.listdir(out) else out.rmdir())
         names, saved = os.listdir(out), checkpoints(out)
         if not os.access(out, os.W_OK):
             raise PermissionError("it is read-only")
@@ -901,47 +861,42 @@ def load_checkpoint(config, state, tensors):
     remedy = "restore its files, or move it away to resume from the one before"
     with user_error(f"{folder}: not loaded", remedy):
         saved = json.loads((folder / "state.json").read_text())
-        for what, digest in state["made_from"].items():
-            if saved["made_from"][what] != digest:
-                raise UserError(f"--resume: the {what} of that run were others; pass those")
-        defaults = dataclasses.asdict(Config())  # for settings newer than the checkpoint
-        for name, value in state["config"].items():
-            old = saved["config"].get(name, defaults[name])
+        before = dataclasses.asdict(Config()) | saved["config"] | saved["made_from"]
+        for name, value in (state["config"] | state["made_from"]).items():
+            old = before[name]  # or the default of a setting newer than the checkpoint
             if old != value and name not in MAY_CHANGE:
                 raise UserError(f"--resume: {name} is {value}, and was {old} in that run")
             if old != value and name != "resume":
                 saved["changes"].append(f"{name} from {old} to {value} after step {saved['step']}")
+        named = {f"{saved['step']}.{name}": tensor for name, tensor in tensors.items()}
         reader = dcp.HuggingFaceStorageReader(folder)
-        found, tensors = reader.read_metadata().state_dict_metadata, at_step(tensors, saved["step"])
-        for name, tensor in tensors.items():
-            if name not in found:
-                raise UserError(f"{folder}: lacks {name}, or has that of another step; {remedy}")
-            if (found[name].size, found[name].properties.dtype) != (tensor.shape, tensor.dtype):
-                raise UserError(f"{folder}: {name} has another shape or type; {remedy}")
-        dcp.load(tensors, storage_reader=reader)
+        dcp.load(named, storage_reader=reader)  # says what is missing or of another size
+        for name, found in reader.read_metadata().state_dict_metadata.items():
+            if name in named and found.properties.dtype != named[name].dtype:
+                raise UserError(f"{folder}: {name} is {found.properties.dtype}; {remedy}")
     print(f"resumed after step {saved['step']}")
     return saved | dict(config=state["config"])
 
 
 def save_checkpoint(out, state, tensors):
-    """Write checkpoint-STEP, and keep only it and the one before. It gets its name when all of it
-    is on the disk, so that a folder of that name is whole."""
+    """Write checkpoint-STEP, named when all of it is on the disk; keep it and the one before."""
     partial = out / ".partial"
     if RANK == 0:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir()
     dist.barrier()
-    tensors = at_step(tensors, state["step"])
-    files = {name: number for number, name in enumerate(tensors, 1)}  # each is built in memory
+    # names with the step, so that no file of another checkpoint passes for one of this
+    named = {f"{state['step']}.{name}": tensor for name, tensor in tensors.items()}
+    files = {name: number for number, name in enumerate(named, 1)}  # each is built in memory
     writer = dcp.HuggingFaceStorageWriter(partial, files, save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
+    dcp.save(named, storage_writer=writer)
     if RANK == 0:
         (partial / "state.json").write_text(json.dumps(state))
         os.sync()
         partial.rename(out / f"checkpoint-{state['step']:06}")
         os.sync()
         for older in checkpoints(out)[2:]:
-            shutil.rmtree(older.rename(partial))  # renamed first, for the same reason
+            older.rename(partial)  # first, so that what is half removed has not the name
+            shutil.rmtree(partial)
     dist.barrier()
 
 
@@ -962,8 +917,7 @@ def start_processes(config, on_exit):
     """Join torchrun's processes until the run ends, or be a group of one."""
     if config.device == "cuda":
         torch.cuda.set_device(int(TORCHRUN.get("LOCAL_RANK", 0)))
-        # cuDNN's backward under a mask can give NaN (pytorch issue 196678)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # masks can give NaN (pytorch issue 196678)
         # AdamW may run on the host, for which torchrun sets one thread
         torch.set_num_threads(max(1, os.cpu_count() // int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))))
     if not dist.is_initialized():
@@ -975,19 +929,17 @@ def start_processes(config, on_exit):
 
 def on_first(function, *arguments):
     """Call a function on the first process, and give its result, or what it raises, to all."""
-    result = error = None
+    outcome = [None, None]  # a result and an error
     if RANK == 0:
         try:
-            result = function(*arguments)
-        except Exception as raised:
-            error = raised
+            outcome[0] = function(*arguments)
+        except Exception as error:
+            outcome[1] = error
     if WORLD_SIZE > 1:
-        box = [result, error]
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-        result, error = box
-    if error is not None:
-        raise error
-    return result
+        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+    if outcome[1]:
+        raise outcome[1]
+    return outcome[0]
 
 
 def catch_signals(on_exit):
@@ -1002,7 +954,7 @@ def catch_signals(on_exit):
         if not TORCHRUN:  # under which one Ctrl-C arrives twice
             signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
 
-    if threading.current_thread() is threading.main_thread():  # others cannot catch any
+    with contextlib.suppress(ValueError):  # only the main thread catches signals
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 on_exit.callback(signal.signal, number, signal.signal(number, receive))
@@ -1016,9 +968,7 @@ def clip_gradient(optimizer, max_norm):
         if param.grad is None:  # as of an expert without tokens, whose steps count all the same
             param.grad = torch.zeros_like(param)
     # on a CPU, torch takes one core for the norm of a matrix, and all of them for those of its rows
-    norms = [
-        g if g.ndim < 2 else torch.linalg.vector_norm(g, dim=-1) for g in (p.grad for p in params)
-    ]
+    norms = [torch.linalg.vector_norm(param.grad, dim=-1) for param in params]
     norm = torch.nn.utils.get_total_norm(norms)
     torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
@@ -1037,7 +987,7 @@ def rehearse(model, optimizer, pairs, checked, loss_fn, config):
     largest = (copies * tokens).argmax(), (copies * responses).argmax()
     indices = [i for i in largest for _ in range(copies[i] * WORLD_SIZE)]
     try:
-        means = run_pairs(model, [short], [0], lambda *logps: (logps[0], *logps[:2]), config)
+        means = run_pairs(model, [short], [0], lambda chosen, *_: (chosen, chosen, chosen), config)
         found = torch.tensor([means["logps/chosen"], means["logps/rejected"]])
         bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # ten times what rounding does
         if (found - exact).abs().max() > bound * max(1.0, exact.abs().max()):
@@ -1058,19 +1008,18 @@ def save_model(model, tokenizer, summary, out):
     if RANK == 0:
         weights = {name: weights[name] for name in once if name in weights}
         weights = {k: x.bfloat16() if x.is_floating_point() else x for k, x in weights.items()}
-        with torch.device("meta"):  # the class and config of the model, without what sharding added
-            shell = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
-        shell.generation_config = model.generation_config
         folder = out / ".partial"
         shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
-        shell.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights)
+        model.config.dtype = torch.bfloat16  # of what is written, not of the model
+        model.config.save_pretrained(folder)
         one = isinstance(tokenizer.chat_template, str)  # several would go to a folder of their own
         tokenizer.save_pretrained(folder, save_jinja_files=one)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        mode = (folder / "summary.json").stat().st_mode
+        last = folder / "summary.json"
+        last.write_text(json.dumps(summary, indent=2) + "\n")
         os.sync()
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == "summary.json"):
-            path.chmod(mode)  # safetensors makes files that only their owner can read
+        for path in [*(set(folder.iterdir()) - {last}), last]:
+            path.chmod(last.stat().st_mode)  # safetensors lets only the owner read its files
             path.replace(out / path.name)
         folder.rmdir()
     dist.barrier()
@@ -1079,10 +1028,8 @@ def save_model(model, tokenizer, summary, out):
 def train(config: Config, loss_fn=None, model=None) -> dict | None:
     """Align a model, write it and its figures to config.out, and return what summary.json holds, or
     None on all processes but the first.
-
     loss_fn: a loss in place of alphapo_loss, (chosen_logps, rejected_logps, pairs, batch) ->
-        (losses, chosen_rewards, rejected_rewards), one value per pair. batch: indices into pairs,
-        which a rehearsal before the first step repeats.
+        (losses, chosen_rewards, rejected_rewards), (pairs,) each. batch: indices into pairs.
     model: one that is loaded, on the CPU, in place of the weights that config.model names.
     Raises UserError, before anything is written, where settings, data or model cannot be used, and
     FloatingPointError (a loss or gradient is not finite) or Stopped (a signal, after a save)."""
@@ -1117,7 +1064,6 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         if config.resume:
             state = load_checkpoint(config, state, tensors)
         log = open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a", buffering=1)
-        on_exit.enter_context(log)
         if RANK == 0:  # drop what came after the checkpoint
             log.truncate(min(state["log_bytes"], log.tell()))
 
@@ -1138,8 +1084,8 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
             epoch, number = divmod(step - 1, steps_per_epoch)
             order = np.random.default_rng([config.seed, epoch]).permutation(len(pairs))
             indices = order[number * config.batch_size :][: config.batch_size].tolist()
-            learning_rate = learning_rate_at(step - 1, steps, config)
-            optimizer.param_groups[0]["lr"] = learning_rate
+            rate = learning_rate_at(step - 1, steps, config)
+            optimizer.param_groups[0]["lr"] = rate
             start = time.perf_counter()
             try:
                 metrics = run_pairs(policy, pairs, indices, loss_fn, config, training=True)
@@ -1151,9 +1097,8 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
             optimizer.zero_grad()
             end, state["step"] = time.perf_counter(), step
             tokens = sum(len(ids) for i in indices for ids in pairs[i][:3])
-            metrics.update(learning_rate=learning_rate, epoch=step / steps_per_epoch)
-            metrics.update(seconds=end - start, optimizer_seconds=end - summed_up)
-            metrics.update(pairs=len(indices), tokens=tokens)
+            metrics.update(learning_rate=rate, epoch=step / steps_per_epoch, pairs=len(indices))
+            metrics.update(seconds=end - start, optimizer_seconds=end - summed_up, tokens=tokens)
             log.write(json.dumps({"step": step} | metrics) + "\n")
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             progress.update()
@@ -1224,8 +1169,7 @@ def fail(message, status=2):
 
 def parse_arguments(argv):
     """The settings of a command line, over those of the preset that --model names."""
-    presets = "".join(f"\n  {name}: {preset}" for name, preset in PRESETS.items())
-    about = dict(description=__doc__.split("\n")[0], epilog=f"presets:{presets}")
+    about = dict(description=__doc__.split("\n")[0], epilog=f"presets: {PRESETS}")
     options = dict(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser = argparse.ArgumentParser(**about, **options)
     parser.error = fail  # in place of a screen of usage
@@ -1234,11 +1178,13 @@ def parse_arguments(argv):
         default = "" if field.default is None else f" (default: {field.default})"
         switch = dict(nargs="?", const=True) if "bool" in str(field.type) else {}
         parser.add_argument(*spellings, help=field.metadata["help"] + default, **switch)
-    given = {"model": "tiny"} | vars(parser.parse_args(argv))
-    preset = dict(PRESETS.get(given["model"], {}))
+    given = vars(parser.parse_args(argv))
+    preset = dict(PRESETS.get(given.get("model", "tiny"), {}))
     if "data" in given:
         preset.pop("eval_data", None)  # a preset's held-out pairs belong to its own data
-    return Config(**preset | given | {"model": preset.get("model", given["model"])})
+    if preset:
+        given.pop("model", None)  # the name of the preset, which has the model's
+    return Config(**preset | given)
 
 
 def main(argv=None):

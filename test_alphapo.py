@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tests of alphapo.py: pytest test_alphapo.py, offline and on a CPU; one of them needs a GPU.
-
-They open with what is true of the method, and then follow the file.
-"""
+"""The tests of alphapo.py: first what is true of the method, then in the order of the file."""
 
 import contextlib
 import json
@@ -220,6 +217,7 @@ def test_a_step_is_autograd_of_the_models_own_forward_pass(name):
     def loss_fn(chosen_logps, rejected_logps, *_):
         return alphapo_loss(chosen_logps, rejected_logps, 0.25, BETA, GAMMA)
 
+    assert alphapo.micro_batches([2, 0, 1, 3], [8, 6, 9, 5], 16) == [[2], [0, 1], [3]]
     model, pairs = small_model(name), random_pairs(9)
     logps = torch.stack([own_logps(model, pair) for pair in pairs], 1)
     losses, *rewards = loss_fn(*logps)
@@ -249,9 +247,8 @@ def test_flags_and_presets_are_those_of_help_and_of_the_paper(capsys):
     paper = {"mistral-7b-instruct": (0.25, 2.5, 0.1, 7e-7), "gemma-2-9b-it": (0.1, 10, 0.5, 8e-7)}
     paper["llama-3-8b-instruct"] = (0.25, 10, 0.3, 1.1e-6)
     for name, knobs in paper.items():  # alpha, beta, gamma / beta and learning rate
-        config = alphapo.parse_arguments(["--model", name])
-        found = config.alpha, config.beta, config.gamma / config.beta, config.learning_rate
-        assert found == knobs
+        ours = alphapo.parse_arguments(["--model", name])
+        assert (ours.alpha, ours.beta, ours.gamma / ours.beta, ours.learning_rate) == knobs
     assert alphapo.parse_arguments(["--data", "mine.jsonl"]).eval_data is None
     config = alphapo.resolve(alphapo.parse_arguments("--alpha 0.5 --max_steps 3 --plan".split()))
     changes = dict(alpha=0.5, max_steps=np.int64(3), plan="true", model=TINY)  # are converted
@@ -494,7 +491,7 @@ def test_steps_are_clipped_adamw_along_the_gradients_of_their_pairs():
         optimizer.step()
         optimizer.zero_grad()
     files = Path("out/checkpoint-000003").glob("*.safetensors")
-    saved = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    saved = {name: x for path in files for name, x in load_file(path).items()}
     for name, param in model.named_parameters():
         error = (saved[f"3.{name}"] - param).abs()  # largest where a gradient is near 0
         assert error.mean() < 1e-7
