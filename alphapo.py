@@ -547,6 +547,10 @@ def load_pairs(name, tokenizer, endings, config):
     return pairs, +notes, digest.hexdigest()  # without what counts nothing
 
 
+def digest_of(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def load_data(config):
     """(tokenizer, pairs to train on, held-out pairs, notes, digests of what pairs come from)."""
     tokenizer = load_pretrained(AutoTokenizer, config.model)
@@ -576,10 +580,9 @@ def load_data(config):
         if os.path.exists(os.path.join(config.model, name)):
             print(f"note: --out will lack {name}, which a processor for images needs: copy it")
     print("".join(f"note: {count} {what}\n" for what, count in notes.items()), end="")
-    source = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
-    source += str([sorted(kind) for kind in endings])
-    source = hashlib.sha256(source.encode()).hexdigest()
-    return tokenizer, pairs, eval_pairs, notes, dict(rows=rows, eval_rows=eval_rows, tokens=source)
+    source = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, *map(sorted, endings)]
+    made_from = dict(rows=rows, eval_rows=eval_rows, tokens=digest_of(source))
+    return tokenizer, pairs, eval_pairs, notes, made_from
 
 
 # ------------------------------------------------------------------------------------ the model
@@ -711,7 +714,7 @@ def activation_memory(model, config, pairs, micro_tokens):
     responses = max((len(p.chosen) + len(p.rejected)) / row for p, row in zip(pairs, rows))
     logits = tokens * (12 * responses * text.vocab_size + 4 * item * text.hidden_size)
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    eager = model.config._attn_implementation == "eager"  # which keeps the scores of every head
+    eager = getattr(text, "attn_logit_softcapping", None)  # it keeps the scores of every head
     scores = 15 * tokens * longest * text.num_attention_heads if eager else 0
     if config.gradient_checkpointing:
         layer = tokens * item * (14 * text.hidden_size + 6 * inner) + scores  # in its backward pass
@@ -1042,8 +1045,7 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         tokenizer, pairs, eval_pairs, notes, made_from = on_first(load_data, config)
         skeleton, loaded = make_skeleton(config.model), []
         about = skeleton.config.to_diff_dict() | dict(transformers_version=None)
-        about = json.dumps(about, sort_keys=True, default=str).encode()
-        made_from["model_config"] = hashlib.sha256(about).hexdigest()
+        made_from["model_config"] = digest_of(about)
         plan = on_first(make_plan, config, skeleton, pairs, eval_pairs)
         for name in ("offload", "micro_tokens", "gradient_checkpointing"):
             setattr(config, name, plan[name])
@@ -1076,16 +1078,14 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
 
         if not config.resume:
             state["before"] = evaluate()
-        steps, steps_per_epoch = plan["steps"], plan["steps_per_epoch"]
-        signals = catch_signals(on_exit)
+        steps, signals = plan["steps"], catch_signals(on_exit)
         progress = tqdm(total=steps, initial=state["step"], unit="step", disable=RANK > 0)
         on_exit.enter_context(progress)
         for step in range(state["step"] + 1, steps + 1):
-            epoch, number = divmod(step - 1, steps_per_epoch)
+            epoch, number = divmod(step - 1, plan["steps_per_epoch"])
             order = np.random.default_rng([config.seed, epoch]).permutation(len(pairs))
             indices = order[number * config.batch_size :][: config.batch_size].tolist()
-            rate = learning_rate_at(step - 1, steps, config)
-            optimizer.param_groups[0]["lr"] = rate
+            optimizer.param_groups[0]["lr"] = rate = learning_rate_at(step - 1, steps, config)
             start = time.perf_counter()
             try:
                 metrics = run_pairs(policy, pairs, indices, loss_fn, config, training=True)
@@ -1097,8 +1097,9 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
             optimizer.zero_grad()
             end, state["step"] = time.perf_counter(), step
             tokens = sum(len(ids) for i in indices for ids in pairs[i][:3])
-            metrics.update(learning_rate=rate, epoch=step / steps_per_epoch, pairs=len(indices))
-            metrics.update(seconds=end - start, optimizer_seconds=end - summed_up, tokens=tokens)
+            metrics.update(learning_rate=rate, epoch=step / plan["steps_per_epoch"])
+            metrics.update(seconds=end - start, optimizer_seconds=end - summed_up)
+            metrics.update(pairs=len(indices), tokens=tokens)
             log.write(json.dumps({"step": step} | metrics) + "\n")
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             progress.update()

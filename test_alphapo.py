@@ -290,6 +290,7 @@ def test_every_shape_of_row_and_every_kind_of_file_gives_the_same_tokens():
 
 
 def chat(begin, turn, start, answer, end=""):
+    """A chat template: begin, a turn for each message, but start and answer for the assistant's."""
     turn = f"{{% if m.role == 'assistant' %}}{start}{answer}{{% else %}}{turn}{{% endif %}}"
     last = f"{{% if add_generation_prompt %}}{start}{{% else %}}{end}{{% endif %}}"
     template = f"{begin}{{% for m in messages %}}{turn}{{% endfor %}}{last}"
@@ -462,6 +463,7 @@ def test_another_run_is_not_the_continuation_of_this_one_but_another_day_is(stop
 
 # ------------------------------------------------------------------------------------ training
 def test_the_file_alone_in_an_empty_folder_makes_the_tiny_model_better_in_ten_steps():
+    """Also where there are ranks without torchrun, and where the terminal knows ASCII alone."""
     shutil.copy(ROOT / "alphapo.py", ".")
     shutil.copytree(TINY, "model", ignore=shutil.ignore_patterns("eval.jsonl", "*.py"))
     flags = "--model model --data model/train.jsonl --learning-rate 2e-4 --gamma 0.1 --eval-every 5"

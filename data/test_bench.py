@@ -32,6 +32,28 @@ def test_a_day_with_a_gpu_rehearsed_on_tiny_shapes():
     assert all(line["tflops"] > 0 for what, line in lines.items() if "step" in what or "1B" in what)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "qwen3"])
+def test_a_micro_batch_in_bfloat16_stays_on_its_device_while_layers_are_recomputed(kind):
+    """On the meta device, where nothing can wait for a figure and no two devices can meet. One row
+    and an index in place of a mask, because a mask asks the device how many tokens it keeps."""
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(kind, **sizes)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    settings = alphapo.Config(device="cpu", dtype="float32", gradient_checkpointing=True)
+    model = alphapo.shard(model.eval(), None, settings, pin_memory=False)
+    pair = alphapo.Pair(*(np.arange(1, n, dtype=np.int32) for n in (6, 10, 5)))
+    index = torch.nonzero(alphapo.make_rows([pair])[2][0] > 0)[:, 0].to("meta")
+    input_ids, position_ids, segments, targets = alphapo.make_rows([pair], device="meta")
+    assert input_ids.shape[1] % 8 == 0
+    masks = alphapo.attention_masks(config, position_ids, segments, torch.bfloat16)
+    inputs = dict(position_ids=position_ids, attention_mask=masks, use_cache=False)
+    logits = model(input_ids, **inputs, logits_to_keep=index).logits
+    torch.nn.functional.cross_entropy(logits[0].float(), targets).backward()
+    assert all(param.grad.device.type == "meta" for param in model.parameters())
+
+
 class LiveBytes(TorchDispatchMode):
     """The most bytes that were alive at a time, of tensors that were made inside."""
 
