@@ -43,7 +43,7 @@ def an_empty_folder(monkeypatch, tmp_path):
 
 # ------------------------------------------------------------------------------------ the loss
 BETA, GAMMA = 2.5, 0.25
-CHOSEN = torch.tensor([-0.9, -1.2, -0.3, -2.0, -0.1], dtype=torch.float64)  # means over tokens
+CHOSEN = torch.tensor([-0.9, -1.2, -0.3, -2.0, -0.1], dtype=torch.float64)  # mean logps
 REJECTED = torch.tensor([-1.1, -1.0, -1.6, -2.0, -3.0], dtype=torch.float64)
 
 
@@ -76,7 +76,7 @@ def test_gradients_are_the_closed_form(alpha):
 def test_alpha_below_zero_bounds_the_reward_and_above_zero_it_falls_exponentially(alpha):
     rewards = alphapo_reward(torch.linspace(0, -9, 10), alpha)  # in float64, whatever the logps
     falls = rewards[:-1] - rewards[1:]  # from nat to nat
-    assert rewards[0] == 0 and (falls > 0).all() and (alpha > 0 or rewards.min() > -1 / -alpha)
+    assert rewards[0] == 0 and (falls > 0).all() and (alpha > 0 or rewards.min() > 1 / alpha)
     assert_close(falls[1:] / falls[:-1], torch.tensor(alpha).double().exp().expand(8))
 
 
@@ -189,7 +189,7 @@ def test_a_pair_is_one_row_in_which_the_last_token_of_the_prompt_stands_twice():
     assert position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0]]
     assert segments.tolist() == [[0, 0, 1, 1, 2, 2, 2, -1]]
     assert targets.tolist() == [21, 22, 31, 32, 33]  # what segments 1 and 2 predict
-    assert [alphapo.pair_tokens(pair, plain_rows) for plain_rows in (False, True)] == [7, 10]
+    assert [alphapo.pair_tokens(pair, plain_rows) for plain_rows in (False, True)] == [7, 2 * 5]
     masks = alphapo.attention_masks(SimpleNamespace(), position_ids, segments, torch.float32)
     seen = "1....... 11...... 111..... 1111.... 11..1... 11..11.. 11..111.".split()
     assert ["".join(".1"[int(x == 0)] for x in row) for row in masks[0, 0, :7]] == seen
@@ -463,7 +463,7 @@ def test_another_run_is_not_the_continuation_of_this_one_but_another_day_is(stop
 
 # ------------------------------------------------------------------------------------ training
 def test_the_file_alone_in_an_empty_folder_makes_the_tiny_model_better_in_ten_steps():
-    """Also where there are ranks without torchrun, and where the terminal knows ASCII alone."""
+    """Also with RANK set but no torchrun, and on a terminal that knows ASCII alone."""
     shutil.copy(ROOT / "alphapo.py", ".")
     shutil.copytree(TINY, "model", ignore=shutil.ignore_patterns("eval.jsonl", "*.py"))
     flags = "--model model --data model/train.jsonl --learning-rate 2e-4 --gamma 0.1 --eval-every 5"
