@@ -1206,13 +1206,17 @@ def main(argv=None):
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("stopped before the first step", 130)
+        fail("interrupted", 130)
     except Stopped as error:
         number, step = error.args
         processes = TORCHRUN.get("LOCAL_WORLD_SIZE")
         launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
         command = shlex.join(sys.argv if config.resume else [*sys.argv, "--resume"])
         fail(f"stopped after step {step} and saved; go on with: {launcher} {command}", 128 + number)
+    except dcp.CheckpointException as error:  # no Exception to torch; the first process's own words
+        why = next(iter(error.failures.values()))[0]
+        saved = "--resume takes the last" if checkpoints(config.out) else "none is saved"
+        fail(f"a checkpoint could not be written: {why}; {saved}", 1)
     except (FloatingPointError, OSError, MemoryError, RuntimeError) as error:
         what = (str(error).strip() or repr(error)).splitlines()[0]
         if isinstance(error, BrokenPipeError):
