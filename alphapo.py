@@ -754,7 +754,7 @@ def find_place(config, model, pairs):
     at_a_time = count - inside * (1 - 3 / max(3, len(layers)))
     shards = [4 * p.numel() / WORLD_SIZE for p in model.parameters()]
     blocks = sum(2 ** math.ceil(math.log2(shard)) for shard in shards) / GIB
-    most = 2**29 // model.config.get_text_config().vocab_size if on_gpu else 512
+    most = 2**29 // model.config.get_text_config().vocab_size if on_gpu else 384
     # on an H100, a 7B step of 4096 tokens without recomputing beats one of 8192 with it by 12 %
     sizes = [(False, min(4096, most)), (True, min(8192, most))]
     ways = [(where, pin, *size) for where in ("false", "keep") for pin in (1, 0) for size in sizes]

@@ -5,7 +5,7 @@
     python data/study/study.py --quick                        # a few short runs: a minute
     python data/study/study.py figures                        # draw and tabulate the kept runs
     python data/study/study.py plot RUN... --out curves.png   # curves of runs of your own
-    python data/study/study.py real MODEL                     # a real model, about four hours
+    python data/study/study.py real MODEL                     # a real model, about two hours
     python data/study/study.py displacement MODEL PAIRS.jsonl # a real model on given pairs
 
 The map trains every method at every cell of a grid. The tuned comparison takes each method's best
@@ -98,14 +98,14 @@ QUICK = Study(
 # A real model: γ/β is the middle one of the paper's three, and only learning rates are tuned.
 REAL = Study(
     alphas=(-1.0, 0.0, 0.25, 1.0),
-    learning_rates=(3e-5, 1e-4, 3e-4),
+    learning_rates=(1e-4, 3e-4),
     gamma_betas=(0.3,),
     dpo_betas=(0.1,),
     seeds=(1,),
     fresh_seeds=(11, 12, 13),
-    train_prompts=680,
-    train=192,
-    validation=100,
+    train_prompts=400,
+    train=96,
+    validation=80,
     held_out=160,
 )
 QUICK_REAL = replace(
