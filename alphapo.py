@@ -17,7 +17,6 @@ AlphaPO: Gupta et al. 2025, arXiv 2501.03884. SimPO: Meng et al. 2024, arXiv 240
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import fcntl
 import functools
@@ -27,7 +26,6 @@ import math
 import os
 import re
 import resource
-import shlex
 import shutil
 import signal
 import sys
@@ -44,11 +42,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as state_dicts
 import transformers
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.masking_utils import create_masks_for_generate
 
 TORCHRUN = os.environ if dist.is_torchelastic_launched() else {}  # a stray RANK means nothing
 RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
@@ -203,9 +200,6 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
         values = torch.stack([value.detach().double() for value in values])  # (metrics, pairs)
         sums += values.sum(1) * bool(batch)
         bad.append((here, ~values[0].isfinite()))
-    for module in model.modules():
-        if isinstance(module, FSDPModule) and not training:  # a backward pass does this by itself
-            module.reshard()
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     means = dict(zip(METRICS, (sums / len(order)).tolist()))  # waits for the device
@@ -218,6 +212,18 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
 # ------------------------------------------------------------------------------------ settings
 class UserError(Exception):
     """A mistake that the user can correct: printed as one line, exit status 2."""
+
+
+@contextlib.contextmanager
+def user_error(what, remedy):
+    """Turn what a library raises inside into one line: what failed, the remedy, its own words."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, dcp.CheckpointException) as error:  # libraries raise kinds of their own
+        why = getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or repr(error)
+        raise UserError(f"{what}; {remedy} ({why:.300})") from error
 
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
@@ -265,7 +271,7 @@ class Config:
     max_length: int = setting(2048, "tokens of prompt and response together", 2, 1e9)
     max_prompt_length: int | None = setting(None, "keep so much of prompts that are cut", 1, 1e9)
     micro_tokens: int | None = setting(None, "tokens of a forward pass, or by memory", 1, 1e9)
-    gradient_checkpointing: bool | None = setting(None, "recompute layers, or where memory asks")
+    gradient_checkpointing: bool | None = setting(None, "recompute layers, or by memory")
     plain_rows: bool = setting(False, "compute each prompt twice, as other trainers do")
     device: str = setting("auto", "where the model computes", "auto", "cuda", "cpu")
     dtype: str = setting("auto", "what to compute in", "auto", "bfloat16", "float32")
@@ -280,30 +286,28 @@ class Config:
 # fmt: on
 
 
+def convert(value, kind, allowed):
+    """A setting in its own type, or ValueError. From text: int(1.5) is 1, bool("false") is True."""
+    text = str(value)
+    if kind is bool and text.lower() not in ("true", "false"):
+        raise ValueError("not true or false")
+    value = text.lower() == "true" if kind is bool else kind(text)
+    if kind is str and allowed and value not in allowed:
+        raise ValueError(f"not {' or '.join(allowed)}")
+    if kind in (int, float) and not allowed[0] <= value <= allowed[1]:
+        raise ValueError(f"not from {allowed[0]:g} to {allowed[1]:g}")
+    return value
+
+
 def resolve(config: Config) -> Config:
     """A config of the right types, with what depends on the machine filled in, or UserError."""
     config = dataclasses.replace(config)
     for field in dataclasses.fields(Config):
-        value, allowed = getattr(config, field.name), field.metadata["allowed"]
-        if value is None and field.default is None:
-            continue
+        value = getattr(config, field.name)
         kind = getattr(field.type, "__args__", [field.type])[0]  # int of int | None
-        allowed = ("true", "false") if kind is bool else allowed
-        try:  # from text, because int(1.5) is 1 and bool("false") is True
-            if kind in (int, float):
-                wanted = f"{kind.__name__} from {allowed[0]:g} to {allowed[1]:g}"
-                value = kind(str(value))
-                fits = allowed[0] <= value <= allowed[1]
-            else:
-                wanted = " or ".join(allowed) or "a text in UTF-8"
-                value = str(value).lower() if allowed else str(value)
-                value.encode()  # a name that is not UTF-8 would fail when the model is saved
-                fits = value in allowed if allowed else value != "None"
-        except ValueError:
-            fits = False
-        if not fits:
-            raise UserError(f"--{field.name.replace('_', '-')} {value}: must be {wanted}")
-        setattr(config, field.name, value == "true" if kind is bool else value)
+        if value is not None or field.default is not None:
+            with user_error(f"--{field.name.replace('_', '-')} {value}", "see --help"):
+                setattr(config, field.name, convert(value, kind, field.metadata["allowed"]))
     if config.data is None:
         raise UserError("--data is missing: name a file of pairs, or a preset as --model (--help)")
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
@@ -330,18 +334,6 @@ ROLES = "system", "developer", "user", "assistant", "tool"
 Endings = namedtuple("Endings", "stops special")
 
 
-@contextlib.contextmanager
-def user_error(what, remedy):
-    """Turn what a library raises inside into one line: what failed, the remedy, its own words."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (Exception, dcp.CheckpointException) as error:  # libraries raise kinds of their own
-        why = getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or repr(error)
-        raise UserError(f"{what}; {remedy} ({why:.300})") from error
-
-
 def load_pretrained(kind, name, **options):
     """Load a config, tokenizer or model from a folder, the hub or its cache, or raise UserError."""
     remedy = f"name a preset ({', '.join(PRESETS)}; tiny is data/tiny beside alphapo.py), a folder"
@@ -351,7 +343,7 @@ def load_pretrained(kind, name, **options):
 
 
 def read_examples(name):
-    """Yield (place, example): a dict of columns, or a line of JSON, of a file or hub data set."""
+    """Yield (place, example) of a file or hub data set: a dict of columns, or a line of JSON."""
     kind, place = Path(name).suffix.lower(), f"{name}: row "
     if kind in (".json", ".jsonl"):
         content = Path(name).read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -359,19 +351,12 @@ def read_examples(name):
             examples = json.loads(content)
         else:  # one row a line, whatever the file is called
             examples, place = content.split(b"\n"), f"{name}:"
-    elif kind == ".csv":
-        csv.field_size_limit(2**31 - 1)  # characters, in place of 131,072
-        examples = csv.DictReader(open(name, newline="", encoding="utf-8-sig"), strict=True)
-        # None stands for a field that the first line lacks, and for one that the row lacks
-        examples = ({None: row} if None in row.values() else row for row in examples)
     else:
         import datasets  # here, because it takes seconds
 
         repository, _, split = name.partition(":")
-        if kind == ".parquet":
-            examples = datasets.load_dataset("parquet", data_files=name, split="train")
-        else:
-            examples = datasets.load_dataset(repository, split=split or "train")
+        local = dict(path="parquet", data_files=name) if kind == ".parquet" else {}
+        examples = datasets.load_dataset(**local or dict(path=repository), split=split or "train")
     for number, example in enumerate(examples, 1):
         if not isinstance(example, bytes) or example.strip():  # an empty line is no row
             yield f"{place}{number}", example
@@ -380,13 +365,13 @@ def read_examples(name):
 def parse_example(example):
     """(prompt, chosen, rejected, template options) of a row in a preference format of TRL: texts or
     messages, each response without the prompt. UserError where a part would be lost."""
-    if not isinstance(example, dict) or None in example:  # csv puts there what is too much
-        raise UserError(f"must have the columns of the first line, not {ascii(example):.80}")
+    if not isinstance(example, dict):
+        raise UserError(f"must be an object with columns, not {ascii(example):.80}")
     filled = {key for key, value in example.items() if value not in (None, "", [], {})}
+    asked = {key for key in filled if key.lower() in PROMPTS}
     prompt, chosen, rejected = (example.get(name) for name in ("prompt", "chosen", "rejected"))
     if lost := filled.intersection(MEDIA):
         raise UserError(f"{min(lost)!r} would be lost, as only text is trained; drop such rows")
-    asked = {key for key in filled if key.strip("\ufeff ").lower() in PROMPTS}
     texts = [text for text in (prompt, chosen, rejected) if isinstance(text, str)]
     if any(map(MESSAGES_AS_TEXT.fullmatch, texts)):
         raise UserError("a list of messages as text: write it as a list, in JSON lines")
@@ -448,8 +433,7 @@ def render(tokenizer, prompt, responses, options):
     lost, rest = [], bare(begin)
     for message in prompt:  # in their order, because one text may occur in another
         text = bare(message["content"])
-        if text not in rest:
-            lost.append(message["content"])
+        lost += [] if text in rest else [message["content"]]
         rest = rest[rest.find(text) + len(text) :]
     if options.get("tools") and begin == template(prompt, add_generation_prompt=True, tools=None):
         lost.append("tools")
@@ -468,18 +452,15 @@ def tokenize(tokenizer, endings, text, after):
     """Token ids of prompt and response up to the end of its turn: the first token behind at which
     the model stops, else the first special one, else EOS. after: the text behind the response, or
     None in a text, which may hold the end of its turn itself."""
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, end = encoding["input_ids"], len(encoding["input_ids"])
-    if after is not None:  # normalizers move the ends of tokens, and not where they start
-        end = sum(start < len(text) - len(after) for start, _ in encoding["offset_mapping"])
-    elif special := endings.special.intersection(ids):
-        while end and (ids[end - 1] in special or not tokenizer.decode(ids[end - 1]).strip()):
-            end -= 1
-    found = [i for kind in endings for i in range(end, len(ids)) if ids[i] in kind]
-    if found:
-        return ids[: found[0] + 1]
+    ids = tokenizer.encode(text.removesuffix(after or ""), add_special_tokens=False)
+    end, behind = len(ids), tokenizer.encode(after or "", add_special_tokens=False)
+    if after is None and endings.special.intersection(ids):
+        blank = {i for i in ids if i in endings.special or not tokenizer.decode(i).strip()}
+        end = max((i + 1 for i, token in enumerate(ids) if token not in blank), default=0)
+    ids, behind = ids[:end], ids[end:] + behind
+    found = [i for kind in endings for i, token in enumerate(behind) if token in kind]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return (ids if after is None else ids[:end]) + eos
+    return ids + (behind[: found[0] + 1] if found else eos)
 
 
 def encode(example, tokenizer, endings, config, notes):
@@ -495,19 +476,15 @@ def encode(example, tokenizer, endings, config, notes):
         begin, after, texts = prompt, None, [(prompt or "") + response for response in responses]
     encoded = [tokenize(tokenizer, endings, text, after) for text in texts]
     if begin is not None:
-        encoded.append(tokenizer(begin, add_special_tokens=False)["input_ids"])
+        encoded.append(tokenizer.encode(begin, add_special_tokens=False))
     bos = [tokenizer.bos_token_id]
-    if after is None and tokenizer("")["input_ids"][:1] == bos:  # a template writes it itself
+    if after is None and tokenizer.encode("")[:1] == bos:  # a template writes it itself
         encoded = [ids if ids[:1] == bos else bos + ids for ids in encoded]
     shared = min(common_prefix(*encoded), len(encoded[0]) - 1, len(encoded[1]) - 1)
     prompt, chosen, rejected = encoded[0][:shared], encoded[0][shared:], encoded[1][shared:]
-    for side, text, ids in zip(("chosen", "rejected"), responses, (chosen, rejected)):
-        if not text.strip() or endings.special.issuperset(ids):
-            what = "empty" if not text.strip() else "without a word of its own"
-            notes[f"pairs dropped, because {side} is {what}"] += 1
-            return None
-    if not prompt:
-        notes["pairs dropped, because the prompt is empty"] += 1
+    wordless = map(endings.special.issuperset, (chosen, rejected))  # also of no token at all
+    if not prompt or not all(map(str.strip, responses)) or any(wordless):
+        notes["pairs dropped, because the prompt or a response is empty"] += 1
         return None
     endless = not endings.special.issuperset([chosen[-1], rejected[-1]])
     notes["pairs without an end of turn, because the tokenizer has no EOS token"] += endless
@@ -528,7 +505,7 @@ def load_pairs(name, tokenizer, endings, config):
     """(list of Pair, Counter of what was dropped or cut, SHA-256 of the rows as they were read), or
     UserError with the reasons for which rows are refused."""
     pairs, notes, refused, digest = [], Counter(), {}, hashlib.sha256()
-    with user_error(f"{name}: not loaded", "name a .jsonl, .json, .csv, .parquet, or a hub id"):
+    with user_error(f"{name}: not loaded", "name a .jsonl, .json or .parquet file, or a hub id"):
         for place, example in tqdm(read_examples(name), name, leave=False, disable=None):
             try:
                 example = json.loads(example) if isinstance(example, bytes) else example
@@ -547,22 +524,17 @@ def load_pairs(name, tokenizer, endings, config):
     return pairs, +notes, digest.hexdigest()  # without what counts nothing
 
 
-def digest_of(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def load_data(config):
     """(tokenizer, pairs to train on, held-out pairs, notes, digests of what pairs come from)."""
     tokenizer = load_pretrained(AutoTokenizer, config.model)
-    if not tokenizer.is_fast:
-        raise UserError(f"--model {config.model}: its tokenizer has no offsets; add tokenizer.json")
     stops = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError, ValueError, TypeError):  # few models lack this file
         eos = GenerationConfig.from_pretrained(config.model).eos_token_id
         stops.update(eos if isinstance(eos, list) else [eos])
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.discard(tokenizer.unk_token_id)  # unknown words are text
-    endings = Endings(stops - {None}, (special | stops) - {None})
+    stops.discard(None)
+    endings = Endings(stops, special | stops)
     pairs, notes, rows = load_pairs(config.data, tokenizer, endings, config)
     print("the first pair as the model sees it:")
     for part, ids in zip(Pair._fields, pairs[0][:3]):
@@ -576,12 +548,10 @@ def load_data(config):
         count, eval_rows = math.ceil(config.eval_split * (len(pairs) - 1)), None
         eval_pairs, pairs = pairs[:count], pairs[count:]
     print(f"{len(pairs)} pairs to train on, {len(eval_pairs)} held out")
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if os.path.exists(os.path.join(config.model, name)):
-            print(f"note: --out will lack {name}, which a processor for images needs: copy it")
     print("".join(f"note: {count} {what}\n" for what, count in notes.items()), end="")
-    source = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, *map(sorted, endings)]
-    made_from = dict(rows=rows, eval_rows=eval_rows, tokens=digest_of(source))
+    source = repr([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, sorted(stops)])
+    tokens = hashlib.sha256(source.encode()).hexdigest()
+    made_from = dict(rows=rows, eval_rows=eval_rows, tokenizer=tokens)
     return tokenizer, pairs, eval_pairs, notes, made_from
 
 
@@ -608,45 +578,32 @@ def load_model(name):
     return model
 
 
-def masks_agree(config, pair):
-    """Whether attention_masks of a plain row are those that transformers makes."""
-    n = len(pair.prompt) + len(pair.chosen) - 1
-    _, position_ids, segments, _ = make_rows([pair], plain_rows=True)
-    ours = attention_masks(config, position_ids[:1, :n], segments[:1, :n], torch.float32)
-    theirs = create_masks_for_generate(config, torch.zeros(1, n, 1), None, None)
-    if not isinstance(ours, dict):
-        ours, theirs = {"": ours}, {"": theirs}
-    causal = torch.ones(1, 1, n, n, dtype=torch.bool).tril()  # for which transformers has None
-    theirs = [causal if theirs[kind] is None else theirs[kind] for kind in ours]
-    theirs = [mask if mask.dtype == torch.bool else mask == 0 for mask in theirs]
-    return all(torch.equal(mask == 0, other) for mask, other in zip(ours.values(), theirs))
-
-
 @torch.no_grad()
 def check_model(model, pairs):
-    """(why shared rows are wrong for this model or None, a short pair, since 7B takes its time on a
-    CPU, its logps in plain rows). UserError where the model is not causal or not finite."""
+    """(why shared rows are wrong for this model or None, the pair that was run, its logps in plain
+    rows). UserError where the model is not causal or not finite."""
     device, config = next(model.parameters()).device, model.config.get_text_config()
-    longest = max(pairs, key=lambda pair: pair_tokens(pair, plain_rows=False))
-    short = Pair(longest.prompt[-256:], longest.chosen[:128], longest.rejected[:128])
-    ids = torch.from_numpy(np.append(short.prompt, short.chosen)).long()[None].to(device)
+    pair = max(pairs, key=lambda pair: pair_tokens(pair, plain_rows=False))
+    window = getattr(config, "sliding_window", None) or math.inf
+    if pair_tokens(pair, plain_rows=True) < 2 * window:  # 7B takes its time on a CPU, and a short
+        pair = Pair(pair.prompt[-256:], pair.chosen[:128], pair.rejected[:128])  # one shows as much
+    ids = torch.from_numpy(np.append(pair.prompt, pair.chosen)).long()[None].to(device)
     changed = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % config.vocab_size], 1)
     with user_error("--model", "its forward pass must take logits_to_keep, as most do"):
-        plain = torch.cat(pair_logps(model, [short], plain_rows=True, device=device)).cpu()
+        plain = torch.cat(pair_logps(model, [pair], plain_rows=True, device=device)).cpu()
         logits, others = (model(x, use_cache=False).logits[:, :-1] for x in (ids, changed))
     if not plain.isfinite().all():
         raise UserError("--model: its log-probabilities are not finite; download the weights again")
     if (logits - others).abs().max() > 1e-5 * logits.abs().max():
         raise UserError("--model: its tokens see later ones; choose a causal language model")
     try:
-        shared = torch.cat(pair_logps(model, [short], device=device)).cpu()
+        shared = torch.cat(pair_logps(model, [pair], device=device)).cpu()
         error = (shared - plain).abs().max() / max(1, plain.abs().max())
         # 5e-7 where shared rows are right, 1e-3 where layers keep a state
-        right = error < 1e-4 and masks_agree(config, longest)  # a short pair is blind to windows
-        reason = None if right else f"they are off by {error:.1e}, or have another window"
+        reason = f"they are off by {error:.1e}" if error > 1e-4 else None
     except Exception as error:  # models of other kinds raise errors of their own
         reason = repr(error)
-    return reason, short, plain
+    return reason, pair, plain
 
 
 def layers_of(model):
@@ -704,27 +661,6 @@ def make_optimizer(model):
 
 
 # ------------------------------------------------------------------------------------ the plan
-def activation_memory(model, config, pairs, micro_tokens):
-    """GiB that a micro-batch takes beside the weights, at most. An estimate, fitted to what layers
-    of Llama, Mistral and Gemma-2 keep for the backward pass."""
-    text, item = model.config.get_text_config(), 2 if config.dtype == "bfloat16" else 4
-    rows = [pair_tokens(pair, config.plain_rows) for pair in pairs]
-    longest = max(rows) // (1 + config.plain_rows)
-    tokens = min(max(micro_tokens, max(rows)), config.batch_size * max(rows))
-    responses = max((len(p.chosen) + len(p.rejected)) / row for p, row in zip(pairs, rows))
-    logits = tokens * (12 * responses * text.vocab_size + 4 * item * text.hidden_size)
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    eager = getattr(text, "attn_logit_softcapping", None)  # it keeps the scores of every head
-    scores = 15 * tokens * longest * text.num_attention_heads if eager else 0
-    if config.gradient_checkpointing:
-        layer = tokens * item * (14 * text.hidden_size + 6 * inner) + scores  # in its backward pass
-        kept = tokens * item * text.hidden_size * text.num_hidden_layers + max(layer, logits)
-    else:
-        layer = tokens * item * (16 * text.hidden_size + 4 * inner) + scores
-        kept = layer * text.num_hidden_layers + logits
-    return (kept + (0 if config.plain_rows else 3 * item * tokens * longest)) / GIB
-
-
 def free_memory(device):
     """GiB that a run may take: a GPU loses 5 % to fragmentation, and a container has a limit."""
     if device == "cuda":
@@ -743,6 +679,24 @@ def peak_memory(config):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+def activation_memory(model, config, pairs, micro_tokens):
+    """GiB that a micro-batch takes beside the weights, at most. An estimate, fitted to what layers
+    of Llama, Mistral and Gemma-2 keep for the backward pass."""
+    text, item = model.config.get_text_config(), 2 if config.dtype == "bfloat16" else 4
+    rows = [pair_tokens(pair, config.plain_rows) for pair in pairs]
+    tokens = min(max(micro_tokens, max(rows)), config.batch_size * max(rows))
+    responses = max((len(p.chosen) + len(p.rejected)) / row for p, row in zip(pairs, rows))
+    hidden, inner = text.hidden_size, getattr(text, "intermediate_size", None)
+    layer = item * (16 * hidden + 4 * (inner or 4 * hidden))  # bytes a token
+    logits = 12 * responses * text.vocab_size + 4 * item * hidden
+    masks = 0 if config.plain_rows else 3 * item * max(rows)
+    if config.gradient_checkpointing:  # a layer's backward pass takes a fifth more than it kept
+        kept = text.num_hidden_layers * item * hidden + max(1.2 * layer, logits)
+    else:
+        kept = text.num_hidden_layers * layer + logits
+    return tokens * (kept + masks) / GIB
+
+
 def find_place(config, model, pairs):
     """The first way to place a run that fits this machine, or the last, and what it takes.
     A parameter takes 16 bytes in float32 (weight, gradient, two moments) over all processes. The
@@ -757,50 +711,57 @@ def find_place(config, model, pairs):
     most = 2**29 // model.config.get_text_config().vocab_size if on_gpu else 384
     # on an H100, a 7B step of 4096 tokens without recomputing beats one of 8192 with it by 12 %
     sizes = [(False, min(4096, most)), (True, min(8192, most))]
-    ways = [(where, pin, *size) for where in ("false", "keep") for pin in (1, 0) for size in sizes]
+    ways = [(offload, *size) for offload in ("false", "keep") for size in sizes]
     recompute = config.gradient_checkpointing is not False
-    ways += [("layers", pin, recompute, 2**n) for n in range(15, 8, -1) for pin in (1, 0)]
+    ways += [("layers", recompute, 2**n) for n in range(15, 8, -1)]
     wanted = dict(auto=["false"] + ["keep", "layers"] * on_gpu, true=["keep", "layers"])
     wanted = wanted.get(config.offload, [config.offload])
-    for offload, pin, recompute, micro_tokens in ways:
+    processes = int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))
+    for offload, recompute, micro_tokens in ways:
         if offload not in wanted or config.gradient_checkpointing not in (None, recompute):
             continue
-        micro_tokens, pin = config.micro_tokens or micro_tokens, bool(pin and on_gpu)
+        micro_tokens = config.micro_tokens or micro_tokens
         tried = dataclasses.replace(config, gradient_checkpointing=recompute)
         device, host = activation_memory(model, tried, pairs, micro_tokens), 0.5  # Python's own
         if offload == "false":
             device += (16 / WORLD_SIZE + (2 if item == 2 else 0)) * count
         else:
             device += (item + 4) * count if offload == "keep" else 12 * at_a_time
-            host += 2 * blocks + 8 * count / WORLD_SIZE if pin else 16 * count / WORLD_SIZE
-        host = int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1)) * (host if on_gpu else host + device)
+            host += 16 * count / WORLD_SIZE
+        host = processes * (host if on_gpu else host + device)
         fits = host < free_memory("cpu") and (not on_gpu or device < free_memory("cuda"))
         if fits:
             break
+    pinned = host + processes * (2 * blocks - 8 * count / WORLD_SIZE)  # weights and gradients
+    pin_memory = on_gpu and offload != "false" and pinned < free_memory("cpu")
     place = dict(offload=offload, micro_tokens=micro_tokens, gradient_checkpointing=recompute)
-    device = device if on_gpu else 0.0
-    return place | dict(pin_memory=pin, device_gib=device, host_gib=host, fits=fits)
+    place.update(pin_memory=pin_memory, host_gib=pinned if pin_memory else host, fits=fits)
+    return place | dict(device_gib=device if on_gpu else 0.0)
 
 
-def make_plan(config, model, pairs, eval_pairs):
-    """Print and return what a run takes, or UserError where, but for --plan, it does not fit."""
-    everything, count = [*pairs, *eval_pairs], model.num_parameters()
-    text = model.config.get_text_config()  # its figures are right up to some length of a pair
-    longest = max(len(pair.prompt) + max(map(len, pair[1:3])) for pair in everything)
+def check_positions(text, longest):
+    """UserError where a pair is longer than figures are right: the model's positions may end, and
+    where the rotary table depends on a row's length, a long row would turn a short one."""
     limits = [getattr(text, "max_position_embeddings", None) or longest + 7]
     ropes = getattr(text, "rope_parameters", None) or {}
     for rope in [ropes, *(part for part in ropes.values() if isinstance(part, dict))]:
-        if rope.get("rope_type") in ("dynamic", "longrope"):  # a long row would turn a short one
+        if rope.get("rope_type") in ("dynamic", "longrope"):
             limits.append(rope.get("original_max_position_embeddings") or limits[0])
     limit = min(limits) // 8 * 8  # as rows are padded
     if longest > limit:
         what = f"takes {longest} positions, and figures are right up to {limit}"
         raise UserError(f"--max-length {limit}: needed, because a pair {what}")
+
+
+def make_plan(config, model, pairs, eval_pairs):
+    """Print and return what a run takes, or UserError where, but for --plan, it does not fit."""
+    everything, count = [*pairs, *eval_pairs], model.num_parameters()
+    text = model.config.get_text_config()
+    check_positions(text, max(len(p.prompt) + max(map(len, p[1:3])) for p in everything))
     if max(ids.max() for pair in everything for ids in pair[:3]) >= text.vocab_size:
         raise UserError(f"--model {config.model}: the tokenizer has ids beyond the embedding")
     steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
     steps = min(config.max_steps or math.inf, steps_per_epoch * config.epochs)
-    tokens = sum(len(ids) for pair in pairs for ids in pair[:3]) * steps // steps_per_epoch
     # the model takes 2 bytes a parameter, a checkpoint 12, and three exist for a moment
     disk = (2 + (36 if config.save_every else 0)) * count / GIB
     parent = next(path for path in Path(config.out).absolute().parents if path.exists())
@@ -808,17 +769,15 @@ def make_plan(config, model, pairs, eval_pairs):
     plan = find_place(config, model, everything)
     print(f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g} (/beta {ratio:g})")
     print(f"{count / 1e6:,.1f} M parameters in {config.dtype} on {WORLD_SIZE} x {config.device}")
-    print(f"{tokens:,} tokens in {steps} steps of {config.batch_size} pairs")
+    print(f"{steps} steps of {config.batch_size} pairs; disk: {disk:.2f} of {room:.2f} GiB")
     print(f"--offload {plan['offload']}: {plan['host_gib']:.2f} of {free_memory('cpu'):.2f} GiB")
     if config.device == "cuda":
         print(f"on each GPU: {plan['device_gib']:.2f} of {free_memory('cuda'):.2f} GiB")
-    print(f"disk: {disk:.2f} of {room:.2f} GiB, and {12 * count / GIB:.2f} to save after a signal")
     if not plan["fits"] and not config.plan:
         raise UserError("the run does not fit in memory: lower --micro-tokens, or use more GPUs")
     if disk > room and not config.plan and not config.resume:
         raise UserError(f"--out {config.out}: the disk has no room for {disk:.2f} GiB")
-    plan.update(parameters=count, steps=steps, steps_per_epoch=steps_per_epoch, tokens=tokens)
-    return plan
+    return plan | dict(parameters=count, steps=steps, steps_per_epoch=steps_per_epoch)
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -834,27 +793,22 @@ def checkpoints(out):
 
 def claim(config, on_exit):
     """Make --out, and lock it until the run ends. UserError if it holds what is not to resume."""
-    out, number = Path(config.out), 2
-    while os.path.lexists(f"{out}-{number}"):
-        number += 1
-    other = f"pass --out {out}-{number}"
-    with user_error(f"--out {out}", f"another run may be writing there; {other}"):
+    out = Path(config.out)
+    with user_error(f"--out {out}", "another run may be writing there; pass another --out"):
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out, os.O_RDONLY)
         on_exit.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # if the run ends before it begins
         on_exit.callback(lambda: None if os.listdir(out) else out.rmdir())
-        names, saved = os.listdir(out), checkpoints(out)
         if not os.access(out, os.W_OK):
             raise PermissionError("it is read-only")
-    if "summary.json" in names:
-        raise UserError(f"--out {out}: holds a finished run; {other}")
-    if config.resume and not saved:
-        raise UserError(f"--resume: {out} holds no checkpoint; start without --resume, and {other}")
-    if names and not config.resume:
-        hint = "--resume goes on with its run; or " if saved else ""
-        raise UserError(f"--out {out}: is not empty; {hint}{other}")
+    if (out / "summary.json").exists():
+        raise UserError(f"--out {out}: holds a finished run; pass another --out")
+    if config.resume and not checkpoints(out):
+        raise UserError(f"--resume: {out} holds no checkpoint; start without it, in another --out")
+    if os.listdir(out) and not config.resume:
+        raise UserError(f"--out {out}: is not empty; pass another, or --resume if a run stopped")
 
 
 def load_checkpoint(config, state, tensors):
@@ -864,13 +818,10 @@ def load_checkpoint(config, state, tensors):
     remedy = "restore its files, or move it away to resume from the one before"
     with user_error(f"{folder}: not loaded", remedy):
         saved = json.loads((folder / "state.json").read_text())
-        before = dataclasses.asdict(Config()) | saved["config"] | saved["made_from"]
+        before = saved["config"] | saved["made_from"]
         for name, value in (state["config"] | state["made_from"]).items():
-            old = before[name]  # or the default of a setting newer than the checkpoint
-            if old != value and name not in MAY_CHANGE:
-                raise UserError(f"--resume: {name} is {value}, and was {old} in that run")
-            if old != value and name != "resume":
-                saved["changes"].append(f"{name} from {old} to {value} after step {saved['step']}")
+            if value != before[name] and name not in MAY_CHANGE:
+                raise UserError(f"--resume: {name} is {value}, and was {before[name]} in that run")
         named = {f"{saved['step']}.{name}": tensor for name, tensor in tensors.items()}
         reader = dcp.HuggingFaceStorageReader(folder)
         dcp.load(named, storage_reader=reader)  # says what is missing or of another size
@@ -952,10 +903,8 @@ def catch_signals(on_exit):
     def receive(number, frame):
         if RANK == 0 and not received:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nfinishing this step and saving (without torchrun, again to quit)\n")
+                os.write(2, b"\nfinishing this step and saving; Ctrl-\\ quits at once\n")
         received.append(number)
-        if not TORCHRUN:  # under which one Ctrl-C arrives twice
-            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
 
     with contextlib.suppress(ValueError):  # only the main thread catches signals
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -983,14 +932,14 @@ def clip_gradient(optimizer, max_norm):
 def rehearse(model, optimizer, pairs, checked, loss_fn, config):
     """Run now what would fail hours later: the checked pair as the run computes it, and a step of
     the micro-batches with the most tokens and the most response tokens. UserError if it fails."""
-    short, exact = checked
+    pair, exact = checked
     tokens = np.array([pair_tokens(pair, config.plain_rows) for pair in pairs])
     responses = np.array([len(pair.chosen) + len(pair.rejected) for pair in pairs])
     copies = np.clip(config.micro_tokens // tokens, 1, min(config.batch_size, len(pairs)))
     largest = (copies * tokens).argmax(), (copies * responses).argmax()
     indices = [i for i in largest for _ in range(copies[i] * WORLD_SIZE)]
     try:
-        means = run_pairs(model, [short], [0], lambda chosen, *_: (chosen, chosen, chosen), config)
+        means = run_pairs(model, [pair], [0], lambda chosen, *_: (chosen, chosen, chosen), config)
         found = torch.tensor([means["logps/chosen"], means["logps/rejected"]])
         bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # ten times what rounding does
         if (found - exact).abs().max() > bound * max(1.0, exact.abs().max()):
@@ -1000,6 +949,14 @@ def rehearse(model, optimizer, pairs, checked, loss_fn, config):
     except FloatingPointError as error:
         raise UserError(f"rehearsal: {error} (try a lower --alpha or --dtype float32)") from error
     optimizer.zero_grad()
+
+
+def evaluate(model, pairs, loss_fn, config, log, step):
+    """The METRICS of held-out pairs, named eval_, also as a line of the log."""
+    means = run_pairs(model, pairs, range(len(pairs)), loss_fn, config) if pairs else {}
+    means = {f"eval_{key}": value for key, value in means.items()}
+    log.write(json.dumps({"step": step} | means) + "\n")
+    return means
 
 
 def save_model(model, tokenizer, summary, out):
@@ -1043,41 +1000,34 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         start_processes(config, on_exit)
         on_first(claim, config, on_exit)
         tokenizer, pairs, eval_pairs, notes, made_from = on_first(load_data, config)
-        skeleton, loaded = make_skeleton(config.model), []
-        about = skeleton.config.to_diff_dict() | dict(transformers_version=None)
-        made_from["model_config"] = digest_of(about)
+        skeleton = make_skeleton(config.model)
         plan = on_first(make_plan, config, skeleton, pairs, eval_pairs)
         for name in ("offload", "micro_tokens", "gradient_checkpointing"):
             setattr(config, name, plan[name])
+        whole = None
 
         def load():  # on the first process alone; in eval mode, where no layer adds noise
-            loaded.append((model or load_model(config.model)).float().eval())
-            return check_model(loaded[0], pairs)
+            nonlocal whole
+            whole = (model or load_model(config.model)).float().eval()
+            return check_model(whole, pairs)
 
         reason, *checked = on_first(load)
         if reason and not config.plain_rows:
             print(f"note: plain rows, which are slower, since shared ones are wrong here: {reason}")
             config.plain_rows = True
-        policy = shard(loaded.pop() if loaded else None, skeleton, config, plan["pin_memory"])
+        policy = shard(whole, skeleton, config, plan["pin_memory"])
+        whole = None
         optimizer, tensors = make_optimizer(policy)
         rehearse(policy, optimizer, pairs, checked, loss_fn, config)
-        state = dict(step=0, log_bytes=0, config=dataclasses.asdict(config), changes=[])
-        state.update(made_from=made_from)
+        state = dict(step=0, log_bytes=0, config=dataclasses.asdict(config), made_from=made_from)
         if config.resume:
             state = load_checkpoint(config, state, tensors)
         log = open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a", buffering=1)
         if RANK == 0:  # drop what came after the checkpoint
             log.truncate(min(state["log_bytes"], log.tell()))
-
-        def evaluate():
-            everything = range(len(eval_pairs))
-            means = run_pairs(policy, eval_pairs, everything, loss_fn, config) if eval_pairs else {}
-            means = {f"eval_{key}": value for key, value in means.items()}
-            log.write(json.dumps({"step": state["step"]} | means) + "\n")
-            return means
-
+        held_out = policy, eval_pairs, loss_fn, config, log
         if not config.resume:
-            state["before"] = evaluate()
+            state["before"] = evaluate(*held_out, step=0)
         steps, signals = plan["steps"], catch_signals(on_exit)
         progress = tqdm(total=steps, initial=state["step"], unit="step", disable=RANK > 0)
         on_exit.enter_context(progress)
@@ -1089,7 +1039,7 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
             start = time.perf_counter()
             try:
                 metrics = run_pairs(policy, pairs, indices, loss_fn, config, training=True)
-                summed_up = time.perf_counter()
+                middle = time.perf_counter()
                 metrics["grad_norm"] = clip_gradient(optimizer, config.max_grad_norm)
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}") from error
@@ -1097,14 +1047,13 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
             optimizer.zero_grad()
             end, state["step"] = time.perf_counter(), step
             tokens = sum(len(ids) for i in indices for ids in pairs[i][:3])
-            metrics.update(learning_rate=rate, epoch=step / plan["steps_per_epoch"])
-            metrics.update(seconds=end - start, optimizer_seconds=end - summed_up)
-            metrics.update(pairs=len(indices), tokens=tokens)
+            metrics.update(learning_rate=rate, epoch=step / plan["steps_per_epoch"], tokens=tokens)
+            metrics.update(pairs=len(indices), seconds=end - start, optimizer_seconds=end - middle)
             log.write(json.dumps({"step": step} | metrics) + "\n")
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             progress.update()
             if config.eval_every and step % config.eval_every == 0 and step < steps:
-                evaluate()
+                evaluate(*held_out, step)
             received = torch.tensor(signals[0] if signals and step < steps else 0)
             dist.all_reduce(received, dist.ReduceOp.MAX)  # the last step ends the run anyway
             if received or (config.save_every and step % config.save_every == 0):
@@ -1116,7 +1065,7 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
             param.detach().copy_(param.detach().bfloat16())  # the last figures are of what is saved
         tensors.clear()
         optimizer.state.clear()  # so that saving takes no more memory than training
-        state.update(after=evaluate(), plan=plan, notes=notes, processes=WORLD_SIZE)
+        state.update(after=evaluate(*held_out, steps), plan=plan, notes=notes, processes=WORLD_SIZE)
         state.update(pairs=len(pairs), eval_pairs=len(eval_pairs), torch=torch.__version__)
         state.update(transformers=transformers.__version__, peak_memory_gib=peak_memory(config))
         save_model(policy, tokenizer, state, out)
@@ -1190,7 +1139,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # no terminal's encoding ends a run
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -1209,26 +1158,16 @@ def main(argv=None):
         fail("interrupted", 130)
     except Stopped as error:
         number, step = error.args
-        processes = TORCHRUN.get("LOCAL_WORLD_SIZE")
-        launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
-        command = shlex.join(sys.argv if config.resume else [*sys.argv, "--resume"])
-        fail(f"stopped after step {step} and saved; go on with: {launcher} {command}", 128 + number)
-    except dcp.CheckpointException as error:  # no Exception to torch; the first process's own words
+        fail(f"stopped after step {step} and saved; the same with --resume goes on", 128 + number)
+    except FloatingPointError as error:
+        fail(f"{error}; lower --learning-rate or --alpha, and start again", 1)
+    except torch.OutOfMemoryError as error:
+        fail(f"{str(error).splitlines()[0]}; lower --micro-tokens", 1)
+    except OSError as error:
+        fail(f"{error}; --resume goes on after the last checkpoint, if there is one", 1)
+    except dcp.CheckpointException as error:  # no Exception to torch
         why = next(iter(error.failures.values()))[0]
-        saved = "--resume takes the last" if checkpoints(config.out) else "none is saved"
-        fail(f"a checkpoint could not be written: {why}; {saved}", 1)
-    except (FloatingPointError, OSError, MemoryError, RuntimeError) as error:
-        what = (str(error).strip() or repr(error)).splitlines()[0]
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains again at its end
-        if isinstance(error, FloatingPointError):
-            what += "; lower --learning-rate or --alpha, from the start if --resume ends here too"
-        elif "memory" in what:  # of a GPU or of the host
-            what += "; lower --micro-tokens"
-        elif type(error) is RuntimeError:
-            raise
-        saved = "--resume goes on" if checkpoints(config.out) else "nothing was saved"
-        fail(f"{what}; {saved}", 1)
+        fail(f"a checkpoint could not be written: {why}; --resume takes the one before", 1)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ REAL = Study(
     seeds=(1,),
     fresh_seeds=(11, 12, 13),
     train_prompts=400,
-    train=96,
+    train=80,
     validation=80,
     held_out=160,
 )
