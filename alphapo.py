@@ -130,11 +130,11 @@ def attention_masks(config, position_ids, segments, dtype):
     seen = ((key == query) | (key == 0)).tril()
     distance = position_ids[:, :, None] - position_ids[:, None, :]
     windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
-    kinds, masks = getattr(config, "layer_types", None), {}
+    kinds = getattr(config, "layer_types", None)
+    # additive, as eager attention adds it; finite wherever FSDP casts it: -inf gives NaN
+    lowest, masks = torch.finfo(torch.bfloat16).min, {}
     for kind in set(kinds or ["sliding_attention"]):
         hidden = ~seen | (distance >= (windows[kind] or seen.shape[1]))
-        # additive, as eager attention adds it; finite wherever FSDP casts it: -inf gives NaN
-        lowest = torch.finfo(torch.bfloat16).min
         masks[kind] = torch.zeros_like(seen, dtype=dtype).masked_fill_(hidden, lowest)[:, None]
     return masks if kinds else masks["sliding_attention"]
 
@@ -143,7 +143,7 @@ def pair_logps(model, pairs, plain_rows=False, device="cpu"):
     """(chosen_logps, rejected_logps), (pairs,) each: mean log-probabilities per token (nats) by the
     model's own forward pass, in which only response tokens meet the vocabulary."""
     input_ids, position_ids, segments, targets = make_rows(pairs, plain_rows, device)
-    inputs = dict(logits_to_keep=segments > 0, use_cache=False)  # a mask needs transformers 5.22
+    inputs = dict(logits_to_keep=segments > 0, use_cache=False)  # booleans need transformers 5.22
     if not plain_rows:  # plain rows need no mask: padding stands on the right, where no token looks
         masks = attention_masks(model.config.get_text_config(), position_ids, segments, model.dtype)
         inputs.update(position_ids=position_ids, attention_mask=masks)
@@ -182,23 +182,21 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
     passes = max(map(len, splits))  # as many on every process, because in each FSDP waits for all
     sums, bad = torch.zeros(len(METRICS), dtype=torch.float64, device=config.device), []
     for number in range(passes):
-        batch = splits[RANK][number] if number < len(splits[RANK]) else []
+        idle = number >= len(splits[RANK])  # then any pair, times zero, as other processes go on
+        batch = order[:1] if idle else splits[RANK][number]
         if training and config.offload == "keep":  # weights and sums stay on the device for a step
             model.set_requires_gradient_sync(number == passes - 1)
             model.set_reshard_after_backward(number == passes - 1)
-        here = [pairs[i] for i in batch or order[:1]]
+        here = [pairs[i] for i in batch]
         with torch.set_grad_enabled(training):
             logps = pair_logps(model, here, config.plain_rows, config.device)
-            if batch:
-                losses, chosen_rewards, rejected_rewards = loss_fn(*logps, pairs, batch)
-            else:  # any pair, times zero, because other processes go on
-                losses = chosen_rewards = rejected_rewards = 0.0 * (logps[0] + logps[1])
+            losses, chosen_rewards, rejected_rewards = loss_fn(*logps, pairs, batch)
         if training:
-            (losses.sum() / len(order)).backward()
+            (losses.sum() * (not idle) / len(order)).backward()
         margins = chosen_rewards - rejected_rewards
         values = losses, chosen_rewards, rejected_rewards, margins, margins > 0, *logps
         values = torch.stack([value.detach().double() for value in values])  # (metrics, pairs)
-        sums += values.sum(1) * bool(batch)
+        sums += values.sum(1) * (not idle)
         bad.append((here, ~values[0].isfinite()))
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
@@ -222,7 +220,8 @@ def user_error(what, remedy):
     except UserError:
         raise
     except (Exception, dcp.CheckpointException) as error:  # libraries raise kinds of their own
-        why = getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or repr(error)
+        cause = next(iter(getattr(error, "failures", {}).values()), [error])[0]  # what dcp wraps
+        why = getattr(cause, "strerror", None) or str(cause).strip().split("\n")[0] or repr(cause)
         raise UserError(f"{what}; {remedy} ({why:.300})") from error
 
 
@@ -269,9 +268,8 @@ class Config:
     warmup_ratio: float = setting(0.1, "share of the steps that warm up", 0, 0.99)
     max_grad_norm: float = setting(1.0, "clip the gradient to this norm", 1e-12, 1e12)
     max_length: int = setting(2048, "tokens of prompt and response together", 2, 1e9)
-    max_prompt_length: int | None = setting(None, "keep so much of prompts that are cut", 1, 1e9)
-    micro_tokens: int | None = setting(None, "tokens of a forward pass, or by memory", 1, 1e9)
-    gradient_checkpointing: bool | None = setting(None, "recompute layers, or by memory")
+    micro_tokens: int | None = setting(None, "tokens of a forward pass (default: fit)", 1, 1e9)
+    gradient_checkpointing: bool | None = setting(None, "recompute layers (default: if needed)")
     plain_rows: bool = setting(False, "compute each prompt twice, as other trainers do")
     device: str = setting("auto", "where the model computes", "auto", "cuda", "cpu")
     dtype: str = setting("auto", "what to compute in", "auto", "bfloat16", "float32")
@@ -316,10 +314,6 @@ def resolve(config: Config) -> Config:
     config.device = "cuda" if on_gpu else "cpu"
     if config.dtype == "auto":
         config.dtype = "bfloat16" if on_gpu else "float32"
-    if config.max_prompt_length is None:  # a cut prompt leaves room to its responses
-        config.max_prompt_length = config.max_length - min(248, config.max_length // 2)
-    if config.max_prompt_length >= config.max_length:
-        raise UserError("--max-prompt-length: must be below --max-length")
     return config
 
 
@@ -354,9 +348,11 @@ def read_examples(name):
     else:
         import datasets  # here, because it takes seconds
 
-        repository, _, split = name.partition(":")
-        local = dict(path="parquet", data_files=name) if kind == ".parquet" else {}
-        examples = datasets.load_dataset(**local or dict(path=repository), split=split or "train")
+        if kind == ".parquet":
+            examples = datasets.load_dataset("parquet", data_files=name, split="train")
+        else:
+            repository, _, split = name.partition(":")
+            examples = datasets.load_dataset(repository, split=split or "train")
     for number, example in enumerate(examples, 1):
         if not isinstance(example, bytes) or example.strip():  # an empty line is no row
             yield f"{place}{number}", example
@@ -489,10 +485,11 @@ def encode(example, tokenizer, endings, config, notes):
     endless = not endings.special.issuperset([chosen[-1], rejected[-1]])
     notes["pairs without an end of turn, because the tokenizer has no EOS token"] += endless
     longest = max(len(chosen), len(rejected))
-    if len(prompt) > max(config.max_length - longest, config.max_prompt_length):
+    most = config.max_length - min(longest, 248, config.max_length // 2)  # leaves room to answer
+    if len(prompt) > most:
         notes["prompts truncated"] += 1
         bos = bos if prompt[:1] == bos else []
-        prompt = bos + prompt[len(prompt) - config.max_prompt_length + len(bos) :]
+        prompt = bos + prompt[len(prompt) - most + len(bos) :]
     room = config.max_length - len(prompt)
     notes["pairs with a response truncated"] += longest > room
     if chosen[:room] == rejected[:room]:
@@ -585,8 +582,8 @@ def check_model(model, pairs):
     device, config = next(model.parameters()).device, model.config.get_text_config()
     pair = max(pairs, key=lambda pair: pair_tokens(pair, plain_rows=False))
     window = getattr(config, "sliding_window", None) or math.inf
-    if pair_tokens(pair, plain_rows=True) < 2 * window:  # 7B takes its time on a CPU, and a short
-        pair = Pair(pair.prompt[-256:], pair.chosen[:128], pair.rejected[:128])  # one shows as much
+    if pair_tokens(pair, plain_rows=True) / 2 < window:  # no window cuts it: a short one will do
+        pair = Pair(pair.prompt[-256:], pair.chosen[:128], pair.rejected[:128])
     ids = torch.from_numpy(np.append(pair.prompt, pair.chosen)).long()[None].to(device)
     changed = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % config.vocab_size], 1)
     with user_error("--model", "its forward pass must take logits_to_keep, as most do"):
@@ -598,9 +595,9 @@ def check_model(model, pairs):
         raise UserError("--model: its tokens see later ones; choose a causal language model")
     try:
         shared = torch.cat(pair_logps(model, [pair], device=device)).cpu()
-        error = (shared - plain).abs().max() / max(1, plain.abs().max())
-        # 5e-7 where shared rows are right, 1e-3 where layers keep a state
-        reason = f"they are off by {error:.1e}" if error > 1e-4 else None
+        off = (shared - plain).abs().max() / max(1, plain.abs().max())
+        # 5e-7 where shared rows are right, 1e-3 where layers keep a state, or NaN
+        reason = None if off < 1e-4 else f"they are off by {off:.1e}"
     except Exception as error:  # models of other kinds raise errors of their own
         reason = repr(error)
     return reason, pair, plain
@@ -617,7 +614,7 @@ def shard(whole, skeleton, config, pin_memory):
     one process in float32 on a CPU needs no engine. whole: the loaded model on the first process,
     None on the others, which receive their shards into the skeleton."""
     model = whole if WORLD_SIZE == 1 else skeleton
-    on_host = config.offload in ("keep", "layers")
+    on_host = config.offload != "false"
     if config.gradient_checkpointing:  # not by training mode, which would turn dropout on
         recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for layer in layers_of(model):
@@ -729,6 +726,7 @@ def find_place(config, model, pairs):
         device, host = weights[offload]
         device += activation_memory(model, tried, pairs, micro_tokens)
         host = processes * (0.5 + host + (0 if on_gpu else device))  # Python takes half of one
+        host = max(host, 6 * count)  # the first process loads all in float32, and saves a copy
         fits = host < free_memory("cpu") and (not on_gpu or device < free_memory("cuda"))
         if fits:
             break
@@ -741,25 +739,14 @@ def find_place(config, model, pairs):
     return place | dict(device_gib=device if on_gpu else 0.0)
 
 
-def check_positions(text, longest):
-    """UserError where a pair is longer than figures are right: the model's positions may end, and
-    where the rotary table depends on a row's length, a long row would turn a short one."""
-    limits = [getattr(text, "max_position_embeddings", None) or longest + 7]
-    ropes = getattr(text, "rope_parameters", None) or {}
-    for rope in [ropes, *(part for part in ropes.values() if isinstance(part, dict))]:
-        if rope.get("rope_type") in ("dynamic", "longrope"):
-            limits.append(rope.get("original_max_position_embeddings") or limits[0])
-    limit = min(limits) // 8 * 8  # as rows are padded
-    if longest > limit:
-        what = f"takes {longest} positions, and figures are right up to {limit}"
-        raise UserError(f"--max-length {limit}: needed, because a pair {what}")
-
-
 def make_plan(config, model, pairs, eval_pairs):
     """Print and return what a run takes, or UserError where, but for --plan, it does not fit."""
     everything, count = [*pairs, *eval_pairs], model.num_parameters()
     text = model.config.get_text_config()
-    check_positions(text, max(len(p.prompt) + max(map(len, p[1:3])) for p in everything))
+    longest = max(len(p.prompt) + max(map(len, p[1:3])) for p in everything)
+    limit = (getattr(text, "max_position_embeddings", None) or longest + 7) // 8 * 8  # as padded
+    if longest > limit:
+        raise UserError(f"--max-length {limit}: needed, as the model has no more positions")
     if max(ids.max() for pair in everything for ids in pair[:3]) >= text.vocab_size:
         raise UserError(f"--model {config.model}: the tokenizer has ids beyond the embedding")
     steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
@@ -803,8 +790,6 @@ def claim(config, on_exit):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # if the run ends before it begins
         on_exit.callback(lambda: None if os.listdir(out) else out.rmdir())
-        if not os.access(out, os.W_OK):
-            raise PermissionError("it is read-only")
     if (out / "summary.json").exists():
         raise UserError(f"--out {out}: holds a finished run; pass another --out")
     if config.resume and not checkpoints(out):
@@ -841,15 +826,14 @@ def save_checkpoint(out, state, tensors):
     named = {f"{state['step']}.{name}": tensor for name, tensor in tensors.items()}
     files = {name: number for number, name in enumerate(named, 1)}  # each is built in memory
     writer = dcp.HuggingFaceStorageWriter(partial, files, save_distributed=True)
-    dcp.save(named, storage_writer=writer)
+    with user_error("a checkpoint was not written", "--resume takes the one before"):
+        dcp.save(named, storage_writer=writer)
     if RANK == 0:
         (partial / "state.json").write_text(json.dumps(state))
         os.sync()
         partial.rename(out / f"checkpoint-{state['step']:06}")
-        os.sync()
         for older in checkpoints(out)[2:]:
-            older.rename(partial)  # first, so that what is half removed has not the name
-            shutil.rmtree(partial)
+            shutil.rmtree(older)
     dist.barrier()
 
 
@@ -986,7 +970,7 @@ def save_model(model, tokenizer, summary, out):
 
 def train(config: Config, loss_fn=None, model=None) -> dict | None:
     """Align a model, write it and its figures to config.out, and return what summary.json holds, or
-    None on all processes but the first.
+    None on all processes but the first, and for a plan.
     loss_fn: a loss in place of alphapo_loss, (chosen_logps, rejected_logps, pairs, batch) ->
         (losses, chosen_rewards, rejected_rewards), (pairs,) each. batch: indices into pairs.
     model: one that is loaded, on the CPU, in place of the weights that config.model names.
@@ -997,25 +981,22 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
     loss_fn = loss_fn or (lambda chosen, rejected, *_: alphapo_loss(chosen, rejected, *knobs))
     with contextlib.ExitStack() as on_exit:
         start_processes(config, on_exit)
-        on_first(claim, config, on_exit)
+        if not config.plan:
+            on_first(claim, config, on_exit)
         tokenizer, pairs, eval_pairs, notes, made_from = on_first(load_data, config)
         skeleton = make_skeleton(config.model)
         plan = on_first(make_plan, config, skeleton, pairs, eval_pairs)
+        if config.plan:
+            return None
         for name in ("offload", "micro_tokens", "gradient_checkpointing"):
             setattr(config, name, plan[name])
-        whole = None
-
-        def load():  # on the first process alone; in eval mode, where no layer adds noise
-            nonlocal whole
-            whole = (model or load_model(config.model)).float().eval()
-            return check_model(whole, pairs)
-
-        reason, *checked = on_first(load)
+        loaded = []  # on the first process alone; in eval mode, where no layer adds noise
+        on_first(lambda: loaded.append((model or load_model(config.model)).float().eval()))
+        reason, *checked = on_first(lambda: check_model(loaded[0], pairs))
         if reason and not config.plain_rows:
             print(f"note: plain rows, which are slower, since shared ones are wrong here: {reason}")
             config.plain_rows = True
-        policy = shard(whole, skeleton, config, plan["pin_memory"])
-        whole = None
+        policy = shard(loaded.pop() if loaded else None, skeleton, config, plan["pin_memory"])
         optimizer, tensors = make_optimizer(policy)
         rehearse(policy, optimizer, pairs, checked, loss_fn, config)
         state = dict(step=0, log_bytes=0, config=dataclasses.asdict(config), made_from=made_from)
@@ -1024,9 +1005,9 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         log = open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a", buffering=1)
         if RANK == 0:  # drop what came after the checkpoint
             log.truncate(min(state["log_bytes"], log.tell()))
-        held_out = policy, eval_pairs, loss_fn, config, log
+        evaluate_at = functools.partial(evaluate, policy, eval_pairs, loss_fn, config, log)
         if not config.resume:
-            state["before"] = evaluate(*held_out, step=0)
+            state["before"] = evaluate_at(0)
         steps, signals = plan["steps"], catch_signals(on_exit)
         progress = tqdm(total=steps, initial=state["step"], unit="step", disable=RANK > 0)
         on_exit.enter_context(progress)
@@ -1052,7 +1033,7 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             progress.update()
             if config.eval_every and step % config.eval_every == 0 and step < steps:
-                evaluate(*held_out, step)
+                evaluate_at(step)
             received = torch.tensor(signals[0] if signals and step < steps else 0)
             dist.all_reduce(received, dist.ReduceOp.MAX)  # the last step ends the run anyway
             if received or (config.save_every and step % config.save_every == 0):
@@ -1064,7 +1045,7 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
             param.detach().copy_(param.detach().bfloat16())  # the last figures are of what is saved
         tensors.clear()
         optimizer.state.clear()  # so that saving takes no more memory than training
-        state.update(after=evaluate(*held_out, steps), plan=plan, notes=notes, processes=WORLD_SIZE)
+        state.update(after=evaluate_at(steps), plan=plan, notes=notes, processes=WORLD_SIZE)
         state.update(pairs=len(pairs), eval_pairs=len(eval_pairs), torch=torch.__version__)
         state.update(transformers=transformers.__version__, peak_memory_gib=peak_memory(config))
         save_model(policy, tokenizer, state, out)
@@ -1143,11 +1124,8 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        config = resolve(parse_arguments(sys.argv[1:] if argv is None else argv))
-        if config.plan:
-            _, pairs, eval_pairs, *_ = load_data(config)
-            make_plan(config, make_skeleton(config.model), pairs, eval_pairs)
-        elif train(config):
+        config = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if train(config):
             with contextlib.suppress(Exception):  # a picture is not worth a run
                 draw_curves(config.out)
             print(f"{table(config.out)}\nthe aligned model is in {config.out}")
@@ -1164,9 +1142,6 @@ def main(argv=None):
         fail(f"{str(error).splitlines()[0]}; lower --micro-tokens", 1)
     except OSError as error:
         fail(f"{error}; --resume goes on after the last checkpoint, if there is one", 1)
-    except dcp.CheckpointException as error:  # no Exception to torch
-        why = next(iter(error.failures.values()))[0]
-        fail(f"a checkpoint could not be written: {why}; --resume takes the one before", 1)
 
 
 if __name__ == "__main__":

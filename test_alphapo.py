@@ -348,7 +348,7 @@ def test_the_tokens_of_a_template(name):
 
 
 def test_texts_are_tokenized_whole_begin_with_one_bos_end_with_eos_and_are_cut_where_too_long():
-    """Each digit is a token, and " fox" is. Of twelve at most, a prompt that is cut keeps five."""
+    """Each digit is a token, and " fox" is. Of twelve at most, a prompt that is cut keeps six."""
     bos, end = "<|im_start|>", "<|im_end|>"
     tokenizer = AutoTokenizer.from_pretrained(TINY, bos_token=bos)
     begin = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, 1)])
@@ -358,11 +358,11 @@ def test_texts_are_tokenized_whole_begin_with_one_bos_end_with_eos_and_are_cut_w
         ("Say f", "ox", "er"): (bos + "Say", " fox" + end, " fer" + end),
         (bos + "12", "3", "34"): (bos + "12", "3" + end, "34" + end),
         ("12345678", "9", "0"): (bos + "12345678", "9" + end, "0" + end),
-        ("12345678", "444444", "5"): (bos + "5678", "444444" + end, "5" + end),
+        ("12345678", "44444", "5"): (bos + "45678", "44444" + end, "5" + end),
         ("12", "3" * 12, "4" * 12): (bos + "12", "3" * 9, "4" * 9),
     }
     rows = write_rows(dict(zip(TEXT, texts)) for texts in cases)
-    texts, notes = load(rows, model="model", max_length=12, max_prompt_length=5)
+    texts, notes = load(rows, model="model", max_length=12)
     assert texts == list(cases.values()) and sorted(notes.values()) == [1, 1]  # both are counted
 
 
@@ -409,6 +409,12 @@ def test_weights_live_in_the_first_place_that_has_room(monkeypatch):
         assert alphapo.find_place(config, mistral, random_pairs())["offload"] == offload
 
 
+def test_a_plan_is_printed_and_writes_nothing(capsys):
+    assert alphapo.train(tiny_config(plan=True)) is None
+    assert "294 pairs" in (said := capsys.readouterr().out) and "--offload false" in said
+    assert not os.listdir()
+
+
 # ------------------------------------------------------------------------------------ checkpoints
 LAST, BEFORE = Path("out/checkpoint-000004"), Path("out/checkpoint-000003")
 
@@ -437,8 +443,9 @@ def test_a_checkpoint_with_a_file_that_is_not_its_own_is_refused(accident, tenso
         shutil.copy(BEFORE / path.name, path)
     else:
         save_file({name: tensor[None] for name, tensor in load_file(path).items()}, path)
-    with pytest.raises(UserError, match=str(LAST)):
+    with pytest.raises(UserError, match=f"{LAST}.*({tensor}|[Ss]ize|shape)") as error:
         alphapo.train(alphapo.Config(**stopped[0]))
+    assert "ranks" not in str(error.value)  # but the reason
 
 
 def test_another_run_is_not_the_continuation_of_this_one_but_another_day_is(stopped, monkeypatch):
@@ -530,6 +537,7 @@ def test_sharded_weights_are_plain_to_the_bit_and_those_of_two_processes_to_roun
     assert results("one keep") == results("one layers") == results("one")
     error = two.communicate()[1]
     assert error.count("alphapo: nowhere.jsonl: not loaded") == 1, error  # one process speaks
+    assert 'alphapo.py", line' not in error  # and none ends in a traceback
     alphapo.train(tiny_config(out="by one", resume=True, **few))
     assert results("resumed") == results("keep")
     for name in (*jobs, "by one"):
@@ -605,7 +613,6 @@ def test_gpu_runs_in_bfloat16_do_what_the_cpu_does_in_float32(offload):
 
 # ------------------------------------------------------------------------------------ command line
 CONFIG = json.loads((TINY / "config.json").read_text())
-ROPE = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4, original_max_position_embeddings=8)
 # fmt: off
 BAD_INPUT = [  # words of the line; bad flags, config, row, or template, which loses these words
     ("nowhere.jsonl", "--data nowhere.jsonl"), ("rehearsal", "--alpha 1e5"), ("--gama", "--gama 1"),
@@ -613,8 +620,7 @@ BAD_INPUT = [  # words of the line; bad flags, config, row, or template, which l
     ("--beta -2", "--beta -2"), ("adapter", "--model adapter"), ("safetensors", "--model pointer"),
     ("--out full: is not empty", "--out full"), ("--resume: out holds", "--resume"),
     ("missing", dict(num_hidden_layers=5)), ("unexpected", dict(num_hidden_layers=3)),
-    ("mismatched", dict(intermediate_size=392)), ("--max-length 8", dict(rope_parameters=ROPE)),
-    ("--max-length 16", dict(max_position_embeddings=16)),
+    ("mismatched", dict(intermediate_size=392)), ("-length 16", dict(max_position_embeddings=16)),
     ("quantized", dict(quantization_config=dict(quant_method="fp8"))),
     ("'Be brief.", chat("", "{{ m.content if m.role == 'user' }}", "", "TEXT")),
     ("'Be brief.", chat("", "[INST] {{ messages[0].content if loop.last }}TEXT", "", "TEXT")),
