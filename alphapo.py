@@ -105,7 +105,8 @@ def make_rows(pairs, plain_rows=False, device="cpu"):
     rows = []  # each a list of (segment, first position, token ids)
     for pair in pairs:
         last, start = pair.prompt[-1:], len(pair.prompt) - 1  # where both responses begin
-        head, chosen = (0, 0, pair.prompt[:-1]), (1, start, np.append(last, pair.chosen[:-1]))
+        head = (0, 0, pair.prompt[:-1])
+        chosen = (1, start, np.append(last, pair.chosen[:-1]))
         rejected = (2, start, np.append(last, pair.rejected[:-1]))
         rows += [[head, chosen], [head, rejected]] if plain_rows else [[head, chosen, rejected]]
     width = max(sum(len(ids) for *_, ids in row) for row in rows)
@@ -118,7 +119,8 @@ def make_rows(pairs, plain_rows=False, device="cpu"):
             start, end = end, end + len(ids)
             input_ids[r, start:end], segments[r, start:end] = ids, segment
             position_ids[r, start:end] = np.arange(first, first + len(ids))
-    targets = np.concatenate([ids for pair in pairs for ids in pair[1:3]]).astype(np.int64)
+    responses = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
+    targets = np.concatenate(responses).astype(np.int64)
     return [torch.from_numpy(x).to(device) for x in (input_ids, position_ids, segments, targets)]
 
 
@@ -149,7 +151,7 @@ def pair_logps(model, pairs, plain_rows=False, device="cpu"):
         inputs.update(position_ids=position_ids, attention_mask=masks)
     logits = model(input_ids, **inputs).logits.float()  # (response tokens, vocabulary)
     logps = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    responses = logps.split([len(ids) for pair in pairs for ids in pair[1:3]])
+    responses = logps.split([len(ids) for p in pairs for ids in (p.chosen, p.rejected)])
     means = torch.stack([response.mean() for response in responses])
     return means[0::2], means[1::2]
 
@@ -286,7 +288,8 @@ class Config:
 
 def convert(value, kind, allowed):
     """A setting in its own type, or ValueError. From text: int(1.5) is 1, bool("false") is True."""
-    text = str(value)
+    text = str(value).lower() if allowed else str(value)
+    text.encode()  # a name that is not UTF-8 would fail when the model is saved
     if kind is bool and text.lower() not in ("true", "false"):
         raise ValueError("not true or false")
     value = text.lower() == "true" if kind is bool else kind(text)
@@ -350,6 +353,8 @@ def read_examples(name):
 
         if kind == ".parquet":
             examples = datasets.load_dataset("parquet", data_files=name, split="train")
+        elif os.path.isfile(name):
+            raise ValueError(f"files {kind} are not read")
         else:
             repository, _, split = name.partition(":")
             examples = datasets.load_dataset(repository, split=split or "train")
@@ -448,15 +453,15 @@ def tokenize(tokenizer, endings, text, after):
     """Token ids of prompt and response up to the end of its turn: the first token behind at which
     the model stops, else the first special one, else EOS. after: the text behind the response, or
     None in a text, which may hold the end of its turn itself."""
-    ids = tokenizer.encode(text.removesuffix(after or ""), add_special_tokens=False)
-    end, behind = len(ids), tokenizer.encode(after or "", add_special_tokens=False)
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    ids, kept = encode(text), encode(text.removesuffix(after or ""))
     if after is None and endings.special.intersection(ids):
-        blank = {i for i in ids if i in endings.special or not tokenizer.decode(i).strip()}
-        end = max((i + 1 for i, token in enumerate(ids) if token not in blank), default=0)
-    ids, behind = ids[:end], ids[end:] + behind
-    found = [i for kind in endings for i, token in enumerate(behind) if token in kind]
+        while kept and (kept[-1] in endings.special or not tokenizer.decode(kept[-1]).strip()):
+            kept.pop()
+    end = common_prefix(kept, ids)  # before what is kept, where tokens merge with those behind
+    found = [i for kind in endings for i in range(end, len(ids)) if ids[i] in kind]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return ids + (behind[: found[0] + 1] if found else eos)
+    return ids[: found[0] + 1] if found else kept + eos
 
 
 def encode(example, tokenizer, endings, config, notes):
@@ -521,6 +526,10 @@ def load_pairs(name, tokenizer, endings, config):
     return pairs, +notes, digest.hexdigest()  # without what counts nothing
 
 
+def digest_of(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def load_data(config):
     """(tokenizer, pairs to train on, held-out pairs, notes, digests of what pairs come from)."""
     tokenizer = load_pretrained(AutoTokenizer, config.model)
@@ -546,9 +555,9 @@ def load_data(config):
         eval_pairs, pairs = pairs[:count], pairs[count:]
     print(f"{len(pairs)} pairs to train on, {len(eval_pairs)} held out")
     print("".join(f"note: {count} {what}\n" for what, count in notes.items()), end="")
-    source = repr([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, sorted(stops)])
-    tokens = hashlib.sha256(source.encode()).hexdigest()
-    made_from = dict(rows=rows, eval_rows=eval_rows, tokenizer=tokens)
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    source = digest_of([rules, tokenizer.chat_template, sorted(stops)])
+    made_from = dict(rows=rows, eval_rows=eval_rows, tokenizer=source)
     return tokenizer, pairs, eval_pairs, notes, made_from
 
 
@@ -580,11 +589,12 @@ def check_model(model, pairs):
     """(why shared rows are wrong for this model or None, the pair that was run, its logps in plain
     rows). UserError where the model is not causal or not finite."""
     device, config = next(model.parameters()).device, model.config.get_text_config()
-    pair = max(pairs, key=lambda pair: pair_tokens(pair, plain_rows=False))
+    pair = max(pairs, key=lambda pair: pair_tokens(pair, plain_rows=True))
     window = getattr(config, "sliding_window", None) or math.inf
     if pair_tokens(pair, plain_rows=True) / 2 < window:  # no window cuts it: a short one will do
         pair = Pair(pair.prompt[-256:], pair.chosen[:128], pair.rejected[:128])
-    ids = torch.from_numpy(np.append(pair.prompt, pair.chosen)).long()[None].to(device)
+    ids = torch.from_numpy(np.append(pair.prompt[-256:], pair.chosen[:128]))
+    ids = ids.long()[None].to(device)
     changed = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % config.vocab_size], 1)
     with user_error("--model", "its forward pass must take logits_to_keep, as most do"):
         plain = torch.cat(pair_logps(model, [pair], plain_rows=True, device=device)).cpu()
@@ -685,6 +695,8 @@ def activation_memory(model, config, pairs, micro_tokens):
     responses = max((len(p.chosen) + len(p.rejected)) / row for p, row in zip(pairs, rows))
     hidden, inner = text.hidden_size, getattr(text, "intermediate_size", None)
     layer = item * (16 * hidden + 4 * (inner or 4 * hidden))  # bytes a token
+    if getattr(text, "attn_logit_softcapping", None):  # then scores of every head are kept
+        layer += 12 * max(rows) // (1 + config.plain_rows) * text.num_attention_heads
     logits = 12 * responses * text.vocab_size + 4 * item * hidden
     masks = 0 if config.plain_rows else 3 * item * max(rows)
     if config.gradient_checkpointing:  # a layer's backward pass takes a fifth more than it kept
@@ -807,8 +819,9 @@ def load_checkpoint(config, state, tensors):
         saved = json.loads((folder / "state.json").read_text())
         before = saved["config"] | saved["made_from"]
         for name, value in (state["config"] | state["made_from"]).items():
-            if value != before[name] and name not in MAY_CHANGE:
-                raise UserError(f"--resume: {name} is {value}, and was {before[name]} in that run")
+            old = before.get(name, value)  # a checkpoint may be older than a setting
+            if old != value and name not in MAY_CHANGE:
+                raise UserError(f"--resume: {name} is {value}, and was {old} in that run")
         named = {f"{saved['step']}.{name}": tensor for name, tensor in tensors.items()}
         # it raises where a tensor is missing or has another shape
         dcp.load(named, storage_reader=dcp.HuggingFaceStorageReader(folder))
@@ -925,7 +938,7 @@ def rehearse(model, optimizer, pairs, checked, loss_fn, config):
         means = run_pairs(model, [pair], [0], lambda chosen, *_: (chosen, chosen, chosen), config)
         found = torch.tensor([means["logps/chosen"], means["logps/rejected"]])
         bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # ten times what rounding does
-        if (found - exact).abs().max() > bound * max(1.0, exact.abs().max()):
+        if not (found - exact).abs().max() < bound * max(1.0, exact.abs().max()):  # or NaN
             raise FloatingPointError(f"log-probabilities {found.tolist()}, not {exact.tolist()}")
         run_pairs(model, pairs, indices, loss_fn, config, training=True)
         clip_gradient(optimizer, config.max_grad_norm)
@@ -935,7 +948,8 @@ def rehearse(model, optimizer, pairs, checked, loss_fn, config):
 
 
 def evaluate(model, pairs, loss_fn, config, log, step):
-    """The METRICS of held-out pairs, named eval_, also as a line of the log."""
+    """The METRICS of held-out pairs, named eval_, also as a line of the log. FSDP may keep what it
+    gathered until the next backward pass; no weights change before one."""
     means = run_pairs(model, pairs, range(len(pairs)), loss_fn, config) if pairs else {}
     means = {f"eval_{key}": value for key, value in means.items()}
     log.write(json.dumps({"step": step} | means) + "\n")
@@ -985,6 +999,8 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
             on_first(claim, config, on_exit)
         tokenizer, pairs, eval_pairs, notes, made_from = on_first(load_data, config)
         skeleton = make_skeleton(config.model)
+        about = skeleton.config.to_diff_dict() | dict(transformers_version=None)
+        made_from["model_config"] = digest_of(about)
         plan = on_first(make_plan, config, skeleton, pairs, eval_pairs)
         if config.plan:
             return None
@@ -1119,7 +1135,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # no terminal's encoding ends a run
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -1136,12 +1152,15 @@ def main(argv=None):
     except Stopped as error:
         number, step = error.args
         fail(f"stopped after step {step} and saved; the same with --resume goes on", 128 + number)
-    except FloatingPointError as error:
-        fail(f"{error}; lower --learning-rate or --alpha, and start again", 1)
-    except torch.OutOfMemoryError as error:
-        fail(f"{str(error).splitlines()[0]}; lower --micro-tokens", 1)
-    except OSError as error:
-        fail(f"{error}; --resume goes on after the last checkpoint, if there is one", 1)
+    except (FloatingPointError, OSError, MemoryError, RuntimeError) as error:
+        what = (str(error) or repr(error)).splitlines()[0]
+        if isinstance(error, FloatingPointError):
+            what += "; lower --learning-rate or --alpha"
+        elif "memory" in what.lower():  # of a GPU or of the host
+            what += "; lower --micro-tokens"
+        elif type(error) is RuntimeError:
+            raise
+        fail(f"{what}; --resume goes on after the last checkpoint, if there is one", 1)
 
 
 if __name__ == "__main__":
