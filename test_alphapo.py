@@ -420,7 +420,7 @@ def test_weights_live_in_the_first_place_that_has_room(monkeypatch):
 
 
 def test_a_soft_cap_keeps_the_scores_of_every_head():
-    """9.4 bytes a score and layer were counted in Gemma-2's; without them 9B seemed to fit 80 GB."""
+    """9.4 bytes of each were counted in a layer of Gemma-2; without them 9B seemed to fit 80 GB."""
     config, planned = AutoConfig.for_model("gemma2"), []
     pair = alphapo.Pair(*[np.zeros(512, np.int32)] * 3)
     run = alphapo.Config(dtype="bfloat16", gradient_checkpointing=False)

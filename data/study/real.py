@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 SEED = 0  # of the prompts
 ANSWERS = 5  # of which the best and the worst make a pair
 JUDGED = 1  # answer per prompt of a trained model: more prompts tell more than more answers
-EVAL = 64  # held-out pairs at which displacement is measured
+EVAL = 32  # held-out pairs at which displacement is measured
 PROMPTS_AT_A_TIME = 20  # with their answers: few rows are slow, and many take much memory
 MAX_TOKENS = 64  # of an answer: no instruction asks for more than 40 words
 
