@@ -127,11 +127,13 @@ def map_jobs(study):
 
 
 def tuned_jobs(study, results):
-    """Fresh seeds at the best cell of each method, and the model before training with the same."""
-    jobs = [study.job("start", seed=seed) for seed in study.fresh_seeds]
-    for cells in study.cells().values():
-        cell, _ = best_cell(study, results, cells)
-        jobs += [study.job("tuned", **cell, seed=seed) for seed in study.fresh_seeds]
+    """Fresh seeds at the best cell of each method, and the model before training with the same: one
+    seed after the other, so that a part of the runs compares all methods."""
+    cells = [best_cell(study, results, cells)[0] for cells in study.cells().values()]
+    jobs = []
+    for seed in study.fresh_seeds:
+        jobs += [study.job("start", seed=seed)]
+        jobs += [study.job("tuned", **cell, seed=seed) for cell in cells]
     return jobs
 
 
