@@ -41,7 +41,8 @@ def test_a_micro_batch_in_bfloat16_stays_on_its_device_while_layers_are_recomput
     with torch.device("meta"):
         config = transformers.AutoConfig.for_model(kind, **sizes)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    settings = alphapo.Config(device="cpu", dtype="float32", gradient_checkpointing=True)
+    settings = alphapo.Config(offload="false", device="cpu", dtype="float32")
+    settings.gradient_checkpointing = True
     model = alphapo.shard(model.eval(), None, settings, pin_memory=False)
     pair = alphapo.Pair(*(np.arange(1, n, dtype=np.int32) for n in (6, 10, 5)))
     index = torch.nonzero(alphapo.make_rows([pair])[2][0] > 0)[:, 0].to("meta")
