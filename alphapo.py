@@ -453,8 +453,8 @@ def tokenize(tokenizer, endings, text, after):
     """Token ids of prompt and response up to the end of its turn: the first token behind at which
     the model stops, else the first special one, else EOS. after: the text behind the response, or
     None in a text, which may hold the end of its turn itself."""
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    ids, kept = encode(text), encode(text.removesuffix(after or ""))
+    parts = text, text.removesuffix(after or "")
+    ids, kept = (tokenizer.encode(part, add_special_tokens=False) for part in parts)
     if after is None and endings.special.intersection(ids):
         while kept and (kept[-1] in endings.special or not tokenizer.decode(kept[-1]).strip()):
             kept.pop()
@@ -719,16 +719,18 @@ def find_place(config, model, pairs):
     weights = {  # GiB of the device and of the host
         "false": (16 * count / WORLD_SIZE + copies, 0.0),
         "keep": ((item + 4) * count, 16 * count / WORLD_SIZE),
-        "layers": (12 * three_layers, 16 * count / WORLD_SIZE),
+        "layers": (12 * three_layers, 16 * count / WORLD_SIZE),  # weight, copy, gradient of them
     }
-    wanted = dict(auto=["false"] + ["keep", "layers"] * on_gpu, true=["keep", "layers"])
+    auto = ["false", "keep", "layers"] if on_gpu else ["false"]
+    wanted = dict(auto=auto, true=["keep", "layers"]).get(config.offload, [config.offload])
+    # logits of 2 GiB at most; a CPU is no faster with more than 384 tokens
     most = 2**29 // model.config.get_text_config().vocab_size if on_gpu else 384
     # on an H100, a 7B step of 4096 tokens without recomputing beats one of 8192 with it by 12 %
     fast = [(False, min(4096, most)), (True, min(8192, most))]
     small = [(config.gradient_checkpointing is not False, 2**n) for n in range(15, 8, -1)]
     ways = [
         (offload, recompute, config.micro_tokens or micro_tokens)
-        for offload in wanted.get(config.offload, [config.offload])
+        for offload in wanted
         for recompute, micro_tokens in (small if offload == "layers" else fast)
         if config.gradient_checkpointing in (None, recompute)
     ]
