@@ -453,8 +453,10 @@ def tokenize(tokenizer, endings, text, after):
     """Token ids of prompt and response up to the end of its turn: the first token behind at which
     the model stops, else the first special one, else EOS. after: the text behind the response, or
     None in a text, which may hold the end of its turn itself."""
-    parts = text, text.removesuffix(after or "")
-    ids, kept = (tokenizer.encode(part, add_special_tokens=False) for part in parts)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    kept = list(ids)
+    if after:
+        kept = tokenizer.encode(text.removesuffix(after), add_special_tokens=False)
     if after is None and endings.special.intersection(ids):
         while kept and (kept[-1] in endings.special or not tokenizer.decode(kept[-1]).strip()):
             kept.pop()
