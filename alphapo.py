@@ -182,15 +182,16 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
     shares = [order[rank::WORLD_SIZE] for rank in range(WORLD_SIZE)]
     splits = [micro_batches(share, tokens, config.micro_tokens) for share in shares]
     passes = max(map(len, splits))  # as many on every process, because in each FSDP waits for all
-    sums, bad = torch.zeros(len(METRICS), dtype=torch.float64, device=config.device), []
+    sums = torch.zeros(len(METRICS), dtype=torch.float64, device=config.device)
+    ran, finite = [], []
     for number in range(passes):
         idle = number >= len(splits[RANK])  # then any pair, times zero, as other processes go on
         batch = order[:1] if idle else splits[RANK][number]
         if training and config.offload == "keep":  # weights and sums stay on the device for a step
             model.set_requires_gradient_sync(number == passes - 1)
             model.set_reshard_after_backward(number == passes - 1)
-        here = [pairs[i] for i in batch]
         with torch.set_grad_enabled(training):
+            here = [pairs[i] for i in batch]
             logps = pair_logps(model, here, config.plain_rows, config.device)
             losses, chosen_rewards, rejected_rewards = loss_fn(*logps, pairs, batch)
         if training:
@@ -199,12 +200,13 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
         values = losses, chosen_rewards, rejected_rewards, margins, margins > 0, *logps
         values = torch.stack([value.detach().double() for value in values])  # (metrics, pairs)
         sums += values.sum(1) * (not idle)
-        bad.append((here, ~values[0].isfinite()))
+        ran += batch
+        finite.append(values[0].isfinite())
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     means = dict(zip(METRICS, (sums / len(order)).tolist()))  # waits for the device
     if not math.isfinite(means["loss"]):
-        places = [pair.place for here, flags in bad for pair, flag in zip(here, flags) if flag]
+        places = [pairs[i].place for i, is_finite in zip(ran, torch.cat(finite)) if not is_finite]
         raise FloatingPointError(f"the loss is not finite, at {places[:10] or 'another process'}")
     return means
 
@@ -288,13 +290,12 @@ class Config:
 
 def convert(value, kind, allowed):
     """A setting in its own type, or ValueError. From text: int(1.5) is 1, bool("false") is True."""
+    allowed = ("true", "false") if kind is bool else allowed
     text = str(value).lower() if allowed else str(value)
     text.encode()  # a name that is not UTF-8 would fail when the model is saved
-    if kind is bool and text.lower() not in ("true", "false"):
-        raise ValueError("not true or false")
-    value = text.lower() == "true" if kind is bool else kind(text)
-    if kind is str and allowed and value not in allowed:
+    if kind in (bool, str) and allowed and text not in allowed:
         raise ValueError(f"not {' or '.join(allowed)}")
+    value = text == "true" if kind is bool else kind(text)
     if kind in (int, float) and not allowed[0] <= value <= allowed[1]:
         raise ValueError(f"not from {allowed[0]:g} to {allowed[1]:g}")
     return value
@@ -379,8 +380,9 @@ def parse_example(example):
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
         # {"prompt": "2+2=", "chosen": "4", "rejected": "5"}, or the same without a prompt
         asked |= filled.intersection(["tools", "chat_template_kwargs"])  # which need messages
-        if lost := [key for key in asked if str(example[key]) not in (prompt or "")]:
-            raise UserError(f"{lost[0]!r} would be lost: make it the prompt, or a part of it")
+        for name in sorted(asked):
+            if str(example[name]) not in (prompt or ""):
+                raise UserError(f"{name!r} would be lost: make it the prompt, or a part of it")
         repeated = prompt and chosen.startswith(prompt) and rejected.startswith(prompt)
         start = len(prompt) if repeated and len(prompt) >= 20 else 0  # "a" may begin "apple"
         return prompt, chosen[start:], rejected[start:], {}
@@ -461,9 +463,11 @@ def tokenize(tokenizer, endings, text, after):
         while kept and (kept[-1] in endings.special or not tokenizer.decode(kept[-1]).strip()):
             kept.pop()
     end = common_prefix(kept, ids)  # before what is kept, where tokens merge with those behind
-    found = [i for kind in endings for i in range(end, len(ids)) if ids[i] in kind]
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return ids[: found[0] + 1] if found else kept + eos
+    for ending in endings:
+        for i in range(end, len(ids)):
+            if ids[i] in ending:
+                return ids[: i + 1]
+    return kept if tokenizer.eos_token_id is None else [*kept, tokenizer.eos_token_id]
 
 
 def encode(example, tokenizer, endings, config, notes):
@@ -489,8 +493,6 @@ def encode(example, tokenizer, endings, config, notes):
     if not prompt or not all(map(str.strip, responses)) or any(wordless):
         notes["pairs dropped, because the prompt or a response is empty"] += 1
         return None
-    endless = not endings.special.issuperset([chosen[-1], rejected[-1]])
-    notes["pairs without an end of turn, because the tokenizer has no EOS token"] += endless
     longest = max(len(chosen), len(rejected))
     most = config.max_length - min(longest, 248, config.max_length // 2)  # leaves room to answer
     if len(prompt) > most:
@@ -544,10 +546,8 @@ def load_data(config):
     stops.discard(None)
     endings = Endings(stops, special | stops)
     pairs, notes, rows = load_pairs(config.data, tokenizer, endings, config)
-    print("the first pair as the model sees it:")
-    for part, ids in zip(Pair._fields, pairs[0][:3]):
-        text = repr(tokenizer.decode(ids))
-        print(f"  {part:9}{text if len(text) < 87 else f'{text[:41]} ... {text[-41:]}'}")
+    for part, ids in zip(Pair._fields, pairs[0][:3]):  # to see what the template makes of it
+        print(f"first {part:9} ... {tokenizer.decode(ids[-20:])!r:.80}")
     pairs = [pairs[i] for i in np.random.default_rng(config.seed).permutation(len(pairs))]
     if config.eval_data:
         eval_pairs, more, eval_rows = load_pairs(config.eval_data, tokenizer, endings, config)
@@ -581,8 +581,10 @@ def load_model(name):
     options = dict(dtype=torch.float32, use_safetensors=True)
     options.update(ignore_mismatched_sizes=True, output_loading_info=True)  # refused below
     model, report = load_pretrained(AutoModelForCausalLM, name, **options)
-    if wrong := {kind: min(map(str, keys)) for kind, keys in report.items() if keys}:
-        raise UserError(f"--model {name}: {wrong}; download config and weights again")
+    for problem, found in report.items():
+        if found:
+            found = ", ".join(map(str, found))
+            raise UserError(f"--model {name}: {problem} {found:.200}; download all files again")
     return model
 
 
@@ -759,10 +761,10 @@ def make_plan(config, model, pairs, eval_pairs):
     """Print and return what a run takes, or UserError where, but for --plan, it does not fit."""
     everything, count = [*pairs, *eval_pairs], model.num_parameters()
     text = model.config.get_text_config()
-    longest = max(len(p.prompt) + max(map(len, p[1:3])) for p in everything)
-    limit = (getattr(text, "max_position_embeddings", None) or longest + 7) // 8 * 8  # as padded
-    if longest > limit:
-        raise UserError(f"--max-length {limit}: needed, as the model has no more positions")
+    longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in everything)
+    limit = getattr(text, "max_position_embeddings", None) or math.inf
+    if math.ceil(longest / 8) * 8 > limit:  # as rows are padded
+        raise UserError(f"--max-length {limit // 8 * 8}: needed, as no more positions exist")
     if max(ids.max() for pair in everything for ids in pair[:3]) >= text.vocab_size:
         raise UserError(f"--model {config.model}: the tokenizer has ids beyond the embedding")
     steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
@@ -969,20 +971,15 @@ def save_model(model, tokenizer, summary, out):
     if RANK == 0:
         weights = {name: weights[name] for name in once if name in weights}
         weights = {k: x.bfloat16() if x.is_floating_point() else x for k, x in weights.items()}
-        folder = out / ".partial"
-        shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(out, state_dict=weights)
         model.config.dtype = torch.bfloat16  # of what is written, not of the model
-        model.config.save_pretrained(folder)
-        one = isinstance(tokenizer.chat_template, str)  # several would go to a folder of their own
-        tokenizer.save_pretrained(folder, save_jinja_files=one)
-        last = folder / "summary.json"
-        last.write_text(json.dumps(summary, indent=2) + "\n")
+        model.config.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        for path in out.glob("*.safetensors"):  # which safetensors lets only the owner read
+            path.chmod((out / "config.json").stat().st_mode)
+        (out / ".summary").write_text(json.dumps(summary, indent=2) + "\n")
         os.sync()
-        for path in [*(set(folder.iterdir()) - {last}), last]:
-            path.chmod(last.stat().st_mode)  # safetensors lets only the owner read its files
-            path.replace(out / path.name)
-        folder.rmdir()
+        (out / ".summary").rename(out / "summary.json")
     dist.barrier()
 
 
@@ -1086,11 +1083,9 @@ def table(run):
     for key, before in summary["before"].items():
         name, after = key.removeprefix("eval_"), summary["after"][key]
         lines.append(f"{name:24}{before:10.4f}{after:10.4f}{after - before:+10.4f}")
-    keys = "seconds", "optimizer_seconds", "pairs", "tokens"
-    seconds, optimizer, pairs, tokens = (sum(metrics[key] for metrics in steps) for key in keys)
+    seconds, pairs, tokens = (sum(m[key] for m in steps) for key in ("seconds", "pairs", "tokens"))
     speed = f"{pairs / seconds:.2f} pairs/s, {tokens / seconds:.0f} tokens/s"
-    share, memory = optimizer / seconds, f"peak memory {summary['peak_memory_gib']:.2f} GiB"
-    return "\n".join([*lines, f"{speed}, optimizer {share:.0%} of the time, {memory}"])
+    return "\n".join([*lines, f"{speed}, peak memory {summary['peak_memory_gib']:.2f} GiB"])
 
 
 def draw_curves(run):
@@ -1099,7 +1094,7 @@ def draw_curves(run):
 
     steps, evaluations = read_log(run)
     figure = Figure(figsize=(12, 3.2), layout="constrained")
-    panels = METRICS[:1], METRICS[3:4], METRICS[4:5], METRICS[5:]
+    panels = METRICS[:1], ["rewards/margins"], ["rewards/accuracies"], METRICS[5:]
     for axis, keys in zip(figure.subplots(1, 4), panels):
         for key, color in zip(keys, ("#2a86d8", "#e0702a")):
             axis.plot([m["step"] for m in steps], [m[key] for m in steps], color=color, alpha=0.4)
