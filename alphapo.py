@@ -592,13 +592,12 @@ def load_model(name):
 def check_model(model, pairs):
     """(why shared rows are wrong for this model or None, the pair that was run, its logps in plain
     rows). UserError where the model is not causal or not finite."""
-    device, config = next(model.parameters()).device, model.config.get_text_config()
+    device, config = model.device, model.config.get_text_config()
     pair = max(pairs, key=lambda pair: pair_tokens(pair, plain_rows=True))
     window = getattr(config, "sliding_window", None) or math.inf
     if pair_tokens(pair, plain_rows=True) / 2 < window:  # no window cuts it: a short one will do
         pair = Pair(pair.prompt[-256:], pair.chosen[:128], pair.rejected[:128])
-    ids = torch.from_numpy(np.append(pair.prompt[-256:], pair.chosen[:128]))
-    ids = ids.long()[None].to(device)
+    ids = make_rows([pair], plain_rows=True, device=device)[0][:1, :384]
     changed = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % config.vocab_size], 1)
     with user_error("--model", "its forward pass must take logits_to_keep, as most do"):
         plain = torch.cat(pair_logps(model, [pair], plain_rows=True, device=device)).cpu()
@@ -633,7 +632,7 @@ def shard(whole, skeleton, config, pin_memory):
         recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for layer in layers_of(model):
             layer.forward = functools.partial(recompute, layer.forward)
-    if (config.device, config.dtype, WORLD_SIZE, on_host) == ("cpu", "float32", 1, False):
+    if config.device == "cpu" and config.dtype == "float32" and WORLD_SIZE == 1 and not on_host:
         return model
     dtypes = MixedPrecisionPolicy(getattr(torch, config.dtype), reduce_dtype=torch.float32)
     options = dict(mesh=dist.init_device_mesh(config.device, (WORLD_SIZE,)), mp_policy=dtypes)
@@ -690,40 +689,38 @@ def peak_memory(config):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
-def activation_memory(model, config, pairs, micro_tokens):
+def activation_memory(model, config, pairs):
     """GiB that a micro-batch takes beside the weights, at most. An estimate, fitted to what layers
     of Llama, Mistral and Gemma-2 keep for the backward pass."""
     text, item = model.config.get_text_config(), 2 if config.dtype == "bfloat16" else 4
     rows = [pair_tokens(pair, config.plain_rows) for pair in pairs]
-    tokens = min(max(micro_tokens, max(rows)), config.batch_size * max(rows))
+    tokens = min(max(config.micro_tokens, max(rows)), config.batch_size * max(rows))
     responses = max((len(p.chosen) + len(p.rejected)) / row for p, row in zip(pairs, rows))
-    hidden, inner = text.hidden_size, getattr(text, "intermediate_size", None)
-    layer = item * (16 * hidden + 4 * (inner or 4 * hidden))  # bytes a token
+    hidden = text.hidden_size
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    inner = max(inner) if isinstance(inner, list) else inner  # one for each layer
+    layer = item * (16 * hidden + 4 * inner)  # bytes a token
     if getattr(text, "attn_logit_softcapping", None):  # then scores of every head are kept
         layer += 12 * max(rows) // (1 + config.plain_rows) * text.num_attention_heads
+    kept = text.num_hidden_layers * (item * hidden if config.gradient_checkpointing else layer)
     logits = 12 * responses * text.vocab_size + 4 * item * hidden
     masks = 0 if config.plain_rows else 3 * item * max(rows)
-    if config.gradient_checkpointing:  # a layer's backward pass takes a fifth more than it kept
-        kept = text.num_hidden_layers * item * hidden + max(1.2 * layer, logits)
-    else:
-        kept = text.num_hidden_layers * layer + logits
-    return tokens * (kept + masks) / GIB
+    # a layer's backward pass takes a fifth more than it kept
+    return tokens * (kept + max(1.2 * layer, logits) + masks) / GIB
 
 
 def find_place(config, model, pairs):
-    """The first way to place a run that fits this machine, or the last, and what it takes.
+    """The first settings with which a run fits this machine, or the last, and what it takes (GiB).
     A parameter takes 16 bytes in float32 (weight, gradient, two moments) over all processes. The
     device also holds the copies to compute with, and with "keep" the sums of gradients; with
     "layers", three layers at a time. Pinned memory comes in blocks of powers of two."""
-    on_gpu, layers = config.device == "cuda", layers_of(model)
-    count, item = model.num_parameters() / GIB, 2 if config.dtype == "bfloat16" else 4
-    inside = sum(p.numel() for layer in layers for p in layer.parameters()) / GIB
-    three_layers = count - inside * (1 - 3 / max(3, len(layers)))  # and what is outside of layers
-    copies = 2 * count if item == 2 else 0
-    weights = {  # GiB of the device and of the host
-        "false": (16 * count / WORLD_SIZE + copies, 0.0),
-        "keep": ((item + 4) * count, 16 * count / WORLD_SIZE),
-        "layers": (12 * three_layers, 16 * count / WORLD_SIZE),  # weight, copy, gradient of them
+    on_gpu, item = config.device == "cuda", 2 if config.dtype == "bfloat16" else 4
+    count, processes = model.num_parameters() / GIB, int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))
+    absent = sum(p.numel() for layer in layers_of(model)[:-3] for p in layer.parameters()) / GIB
+    weights = {  # GiB of the device
+        "false": 16 * count / WORLD_SIZE + (2 * count if item == 2 else 0),
+        "keep": (item + 4) * count,
+        "layers": 12 * (count - absent),  # weight, copy and gradient of all that is there
     }
     auto = ["false", "keep", "layers"] if on_gpu else ["false"]
     wanted = dict(auto=auto, true=["keep", "layers"]).get(config.offload, [config.offload])
@@ -731,30 +728,30 @@ def find_place(config, model, pairs):
     most = 2**29 // model.config.get_text_config().vocab_size if on_gpu else 384
     # on an H100, a 7B step of 4096 tokens without recomputing beats one of 8192 with it by 12 %
     fast = [(False, min(4096, most)), (True, min(8192, most))]
-    small = [(config.gradient_checkpointing is not False, 2**n) for n in range(15, 8, -1)]
-    ways = [
-        (offload, recompute, config.micro_tokens or micro_tokens)
-        for offload in wanted
-        for recompute, micro_tokens in (small if offload == "layers" else fast)
-        if config.gradient_checkpointing in (None, recompute)
-    ]
-    processes = int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))
-    for offload, recompute, micro_tokens in ways:
-        tried = dataclasses.replace(config, gradient_checkpointing=recompute)
-        device, host = weights[offload]
-        device += activation_memory(model, tried, pairs, micro_tokens)
-        host = processes * (0.5 + host + (0 if on_gpu else device))  # Python takes half of one
-        host = max(host, 6 * count)  # the first process loads all in float32, and saves a copy
-        fits = host < free_memory("cpu") and (not on_gpu or device < free_memory("cuda"))
+    # layer by layer, every micro-batch moves all weights, so it is as large as memory allows
+    large = [(recompute, 2**n) for n in range(15, 8, -1) for recompute in (False, True)]
+    sizes = {"false": fast, "keep": fast, "layers": large if on_gpu else fast}
+    ways = [(offload, *size) for offload in wanted for size in sizes[offload]]
+    for offload, recompute, tokens in ways:
+        if config.gradient_checkpointing not in (None, recompute):
+            continue
+        settings = dict(offload=offload, gradient_checkpointing=recompute)
+        settings["micro_tokens"] = config.micro_tokens or tokens
+        run = dataclasses.replace(config, **settings)
+        memory = {config.device: weights[offload] + activation_memory(model, run, pairs)}
+        host = 0 if offload == "false" else 16 * count / WORLD_SIZE
+        host = processes * (0.5 + host + memory.get("cpu", 0))  # Python takes half of one
+        memory["cpu"] = max(host, 6 * count)  # to load all in float32, and to save a copy
+        fits = all(gib < free_memory(device) for device, gib in memory.items())
         if fits:
             break
     shards = [4 * p.numel() / WORLD_SIZE for p in model.parameters()]
     blocks = sum(2 ** math.ceil(math.log2(shard)) for shard in shards) / GIB
-    pinned = host + processes * (2 * blocks - 8 * count / WORLD_SIZE)  # weights and gradients
+    pinned = memory["cpu"] + processes * (2 * blocks - 8 * count / WORLD_SIZE)  # weights, gradients
     pin_memory = on_gpu and offload != "false" and pinned < free_memory("cpu")
-    place = dict(offload=offload, micro_tokens=micro_tokens, gradient_checkpointing=recompute)
-    place.update(pin_memory=pin_memory, host_gib=pinned if pin_memory else host, fits=fits)
-    return place | dict(device_gib=device if on_gpu else 0.0)
+    if pin_memory:
+        memory["cpu"] = pinned
+    return dict(settings=settings, memory=memory, fits=fits, pin_memory=pin_memory)
 
 
 def make_plan(config, model, pairs, eval_pairs):
@@ -777,9 +774,9 @@ def make_plan(config, model, pairs, eval_pairs):
     print(f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g} (/beta {ratio:g})")
     print(f"{count / 1e6:,.1f} M parameters in {config.dtype} on {WORLD_SIZE} x {config.device}")
     print(f"{steps} steps of {config.batch_size} pairs; disk: {disk:.2f} of {room:.2f} GiB")
-    print(f"--offload {plan['offload']}: {plan['host_gib']:.2f} of {free_memory('cpu'):.2f} GiB")
-    if config.device == "cuda":
-        print(f"on each GPU: {plan['device_gib']:.2f} of {free_memory('cuda'):.2f} GiB")
+    print(" ".join(f"--{k.replace('_', '-')} {v}".lower() for k, v in plan["settings"].items()))
+    for device, gib in plan["memory"].items():
+        print(f"memory of {device}: {gib:.2f} of {free_memory(device):.2f} GiB")
     if not plan["fits"] and not config.plan:
         raise UserError("the run does not fit in memory: lower --micro-tokens, or use more GPUs")
     if disk > room and not config.plan and not config.resume:
@@ -806,14 +803,12 @@ def claim(config, on_exit):
         lock = os.open(out, os.O_RDONLY)
         on_exit.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # if the run ends before it begins
-        on_exit.callback(lambda: None if os.listdir(out) else out.rmdir())
-    if (out / "summary.json").exists():
-        raise UserError(f"--out {out}: holds a finished run; pass another --out")
-    if config.resume and not checkpoints(out):
-        raise UserError(f"--resume: {out} holds no checkpoint; start without it, in another --out")
+        on_exit.callback(lambda: None if os.listdir(out) else out.rmdir())  # leave none empty
+    if config.resume and ((out / "summary.json").exists() or not checkpoints(out)):
+        raise UserError(f"--resume: {out} holds no checkpoint of an unfinished run; start without")
     if os.listdir(out) and not config.resume:
         raise UserError(f"--out {out}: is not empty; pass another, or --resume if a run stopped")
+    shutil.rmtree(out / ".partial", ignore_errors=True)  # of a run that was killed amid a save
 
 
 def load_checkpoint(config, state, tensors):
@@ -831,6 +826,8 @@ def load_checkpoint(config, state, tensors):
         named = {f"{saved['step']}.{name}": tensor for name, tensor in tensors.items()}
         # it raises where a tensor is missing or has another shape
         dcp.load(named, storage_reader=dcp.HuggingFaceStorageReader(folder))
+        if RANK == 0:
+            shutil.copy(folder / "metrics.jsonl", config.out)  # without the steps that came after
     print(f"resumed after step {saved['step']}")
     return saved | dict(config=state["config"])
 
@@ -838,9 +835,6 @@ def load_checkpoint(config, state, tensors):
 def save_checkpoint(out, state, tensors):
     """Write checkpoint-STEP, named when all of it is on the disk; keep it and the one before."""
     partial = out / ".partial"
-    if RANK == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    dist.barrier()
     # names with the step, so that no file of another checkpoint passes for one of this
     named = {f"{state['step']}.{name}": tensor for name, tensor in tensors.items()}
     files = {name: number for number, name in enumerate(named, 1)}  # each is built in memory
@@ -849,6 +843,7 @@ def save_checkpoint(out, state, tensors):
         dcp.save(named, storage_writer=writer)
     if RANK == 0:
         (partial / "state.json").write_text(json.dumps(state))
+        shutil.copy(out / "metrics.jsonl", partial)
         os.sync()
         partial.rename(out / f"checkpoint-{state['step']:06}")
         for older in checkpoints(out)[2:]:
@@ -917,10 +912,7 @@ def catch_signals(on_exit):
 
 def clip_gradient(optimizer, max_norm):
     """Clip the gradient, and return its norm before. FloatingPointError if that is not finite."""
-    params = optimizer.param_groups[0]["params"]
-    for param in params:
-        if param.grad is None:  # as of an expert without tokens, whose steps count all the same
-            param.grad = torch.zeros_like(param)
+    params = [param for param in optimizer.param_groups[0]["params"] if param.grad is not None]
     # on a CPU, torch takes one core for the norm of a matrix, and all of them for those of its rows
     norms = [torch.linalg.vector_norm(param.grad, dim=-1) for param in params]
     norm = torch.nn.utils.get_total_norm(norms)
@@ -940,16 +932,14 @@ def rehearse(model, optimizer, pairs, checked, loss_fn, config):
     copies = np.clip(config.micro_tokens // tokens, 1, min(config.batch_size, len(pairs)))
     largest = (copies * tokens).argmax(), (copies * responses).argmax()
     indices = [i for i in largest for _ in range(copies[i] * WORLD_SIZE)]
-    try:
-        means = run_pairs(model, [pair], [0], lambda chosen, *_: (chosen, chosen, chosen), config)
-        found = torch.tensor([means["logps/chosen"], means["logps/rejected"]])
+    with user_error("rehearsal", "lower --alpha or --micro-tokens, or choose --dtype float32"):
+        with torch.no_grad():
+            found = torch.cat(pair_logps(model, [pair], config.plain_rows, config.device)).cpu()
         bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # ten times what rounding does
         if not (found - exact).abs().max() < bound * max(1.0, exact.abs().max()):  # or NaN
             raise FloatingPointError(f"log-probabilities {found.tolist()}, not {exact.tolist()}")
         run_pairs(model, pairs, indices, loss_fn, config, training=True)
         clip_gradient(optimizer, config.max_grad_norm)
-    except FloatingPointError as error:
-        raise UserError(f"rehearsal: {error} (try a lower --alpha or --dtype float32)") from error
     optimizer.zero_grad()
 
 
@@ -1005,30 +995,28 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         plan = on_first(make_plan, config, skeleton, pairs, eval_pairs)
         if config.plan:
             return None
-        for name in ("offload", "micro_tokens", "gradient_checkpointing"):
-            setattr(config, name, plan[name])
+        config = dataclasses.replace(config, **plan["settings"])
         loaded = []  # on the first process alone; in eval mode, where no layer adds noise
         on_first(lambda: loaded.append((model or load_model(config.model)).float().eval()))
         reason, *checked = on_first(lambda: check_model(loaded[0], pairs))
-        if reason and not config.plain_rows:
+        if reason:
             print(f"note: plain rows, which are slower, since shared ones are wrong here: {reason}")
             config.plain_rows = True
         policy = shard(loaded.pop() if loaded else None, skeleton, config, plan["pin_memory"])
         optimizer, tensors = make_optimizer(policy)
         rehearse(policy, optimizer, pairs, checked, loss_fn, config)
-        state = dict(step=0, log_bytes=0, config=dataclasses.asdict(config), made_from=made_from)
+        state = dict(step=0, config=dataclasses.asdict(config), made_from=made_from)
+        log = open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a", buffering=1)
+        evaluate_at = functools.partial(evaluate, policy, eval_pairs, loss_fn, config, log)
         if config.resume:
             state = load_checkpoint(config, state, tensors)
-        log = open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a", buffering=1)
-        if RANK == 0:  # drop what came after the checkpoint
-            log.truncate(min(state["log_bytes"], log.tell()))
-        evaluate_at = functools.partial(evaluate, policy, eval_pairs, loss_fn, config, log)
-        if not config.resume:
+        else:
             state["before"] = evaluate_at(0)
         steps, signals = plan["steps"], catch_signals(on_exit)
-        progress = tqdm(total=steps, initial=state["step"], unit="step", disable=RANK > 0)
-        on_exit.enter_context(progress)
-        for step in range(state["step"] + 1, steps + 1):
+        # no bar where there is no terminal: a pipe may close, as that of tee does at Ctrl-C
+        options = dict(initial=state["step"], total=steps, unit="step", disable=RANK > 0 or None)
+        progress = on_exit.enter_context(tqdm(range(state["step"] + 1, steps + 1), **options))
+        for step in progress:
             epoch, number = divmod(step - 1, plan["steps_per_epoch"])
             order = np.random.default_rng([config.seed, epoch]).permutation(len(pairs))
             indices = order[number * config.batch_size :][: config.batch_size].tolist()
@@ -1048,13 +1036,11 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
             metrics.update(pairs=len(indices), seconds=end - start, optimizer_seconds=end - middle)
             log.write(json.dumps({"step": step} | metrics) + "\n")
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-            progress.update()
             if config.eval_every and step % config.eval_every == 0 and step < steps:
                 evaluate_at(step)
-            received = torch.tensor(signals[0] if signals and step < steps else 0)
-            dist.all_reduce(received, dist.ReduceOp.MAX)  # the last step ends the run anyway
+            received = torch.tensor(signals[0] if signals else 0)
+            dist.all_reduce(received, dist.ReduceOp.MAX)  # so that all stop, or none
             if received or (config.save_every and step % config.save_every == 0):
-                state["log_bytes"] = log.tell()
                 save_checkpoint(out, state, tensors)
             if received:
                 raise Stopped(received.item(), step)

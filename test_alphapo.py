@@ -416,19 +416,20 @@ def test_weights_live_in_the_first_place_that_has_room(monkeypatch):
     config = alphapo.Config(device="cuda", dtype="bfloat16", gradient_checkpointing=True)
     for gpu, host, offload in (160, 64, "false"), (80, 128, "keep"), (24, 128, "layers"):  # GiB
         monkeypatch.setattr(alphapo, "free_memory", dict(cuda=gpu, cpu=host).get)
-        assert alphapo.find_place(config, mistral, random_pairs())["offload"] == offload
+        place = alphapo.find_place(config, mistral, random_pairs())
+        assert place["settings"]["offload"] == offload and place["fits"]
 
 
 def test_a_soft_cap_keeps_the_scores_of_every_head():
     """9.4 bytes of each were counted in a layer of Gemma-2; without them 9B seemed to fit 80 GB."""
     config, planned = AutoConfig.for_model("gemma2"), []
     pair = alphapo.Pair(*[np.zeros(512, np.int32)] * 3)
-    run = alphapo.Config(dtype="bfloat16", gradient_checkpointing=False)
+    run = alphapo.Config(dtype="bfloat16", gradient_checkpointing=False, micro_tokens=2048)
     for cap in (50.0, None):
         config.attn_logit_softcapping = cap
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        planned.append(alphapo.activation_memory(model, run, [pair], 2048))
+        planned.append(alphapo.activation_memory(model, run, [pair]))
     scores = 2048 * alphapo.pair_tokens(pair, False) * config.num_attention_heads
     found = (planned[0] - planned[1]) * alphapo.GIB / scores / config.num_hidden_layers
     assert 9.4 < found < 15

@@ -149,8 +149,8 @@ def figures(config):
     steps, keys = alphapo.read_log(config.out)[0], ("seconds", "optimizer_seconds", "pairs")
     seconds, optimizer, count = (sum(step[key] for step in steps) for key in keys)
     tflop = needed_flops(*inputs_of(config)).mean() * count / 1e12
-    result = {key: summary["plan"][key] for key in ("offload", "micro_tokens", "device_gib")}
-    result.update(plain_rows=summary["config"]["plain_rows"], peak_gib=summary["peak_memory_gib"])
+    result = {key: summary["config"][key] for key in ("offload", "micro_tokens", "plain_rows")}
+    result.update(planned_gib=summary["plan"]["memory"], peak_gib=summary["peak_memory_gib"])
     result.update(seconds_per_pair=seconds / count, seconds=[step["seconds"] for step in steps])
     result.update(tflops=tflop / seconds, tflops_without_optimizer=tflop / (seconds - optimizer))
     return result | dict(losses=[step["loss"] for step in steps])
@@ -275,10 +275,7 @@ class Run:
     def find_place(self, config):
         """Choose where weights live. make_plan would ask for room on the disk, too."""
         place = alphapo.find_place(config, self.skeleton, self.pairs)
-        place["micro_tokens"] = int(place["micro_tokens"])
-        chosen = ("offload", "micro_tokens", "gradient_checkpointing")
-        chosen = {key: place[key] for key in chosen}
-        self.config = replace(config, **chosen)
+        self.config = replace(config, **place["settings"])
         return place
 
     def set_up(self):
@@ -342,7 +339,7 @@ class Run:
             torch.cuda.mem_get_info = lambda *_: (usable, 24 * GIB)
             config.offload = "auto"
         place = self.find_place(config)
-        if place["offload"] != "layers":
+        if self.config.offload != "layers":
             raise ValueError(f"the plan is {place}, and not layers")
         for layer in alphapo.layers_of(self.model):
             layer.set_reshard_after_forward(True)

@@ -101,6 +101,6 @@ def test_memory_of_activations_is_what_was_planned(vocabulary, lengths, plain_ro
             chosen, rejected = alphapo.pair_logps(model, pairs, plain_rows)
             (chosen - rejected).sum().backward()
     run.device, run.dtype, run.batch_size = "cuda", "bfloat16", 64
-    tokens = sum(alphapo.pair_tokens(pair, plain_rows) for pair in pairs)
-    planned = alphapo.activation_memory(model, run, pairs, tokens)
+    run.micro_tokens = sum(alphapo.pair_tokens(pair, plain_rows) for pair in pairs)
+    planned = alphapo.activation_memory(model, run, pairs)
     assert planned == pytest.approx(live.peak / bench.GIB, rel=0.1)
