@@ -758,7 +758,7 @@ def make_plan(config, model, pairs, eval_pairs):
     """Print and return what a run takes, or UserError where, but for --plan, it does not fit."""
     everything, count = [*pairs, *eval_pairs], model.num_parameters()
     text = model.config.get_text_config()
-    longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in everything)
+    longest = max(pair_tokens(pair, plain_rows=True) // 2 for pair in everything)
     limit = getattr(text, "max_position_embeddings", None) or math.inf
     if math.ceil(longest / 8) * 8 > limit:  # as rows are padded
         raise UserError(f"--max-length {limit // 8 * 8}: needed, as no more positions exist")
