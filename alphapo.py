@@ -33,8 +33,9 @@ import time
 from collections import Counter, namedtuple
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # torch reads both once
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages, worth 5 % of the time on a CPU
+# torch reads both when it is imported; large pages are worth 5 % of the time on a CPU
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
@@ -183,7 +184,7 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
     splits = [micro_batches(share, tokens, config.micro_tokens) for share in shares]
     passes = max(map(len, splits))  # as many on every process, because in each FSDP waits for all
     sums = torch.zeros(len(METRICS), dtype=torch.float64, device=config.device)
-    ran, finite = [], []
+    ran, finite = [], []  # indices as they are run here, and whether each loss is finite
     for number in range(passes):
         idle = number >= len(splits[RANK])  # then any pair, times zero, as other processes go on
         batch = order[:1] if idle else splits[RANK][number]
@@ -206,14 +207,16 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
         dist.all_reduce(sums)
     means = dict(zip(METRICS, (sums / len(order)).tolist()))  # waits for the device
     if not math.isfinite(means["loss"]):
-        places = [pairs[i].place for i, is_finite in zip(ran, torch.cat(finite)) if not is_finite]
-        raise FloatingPointError(f"the loss is not finite, at {places[:10] or 'another process'}")
+        here = [pairs[i].place for i, is_finite in zip(ran, torch.cat(finite)) if not is_finite]
+        places = [None] * WORLD_SIZE
+        dist.all_gather_object(places, here)
+        raise FloatingPointError(f"the loss is not finite, at {sum(places, [])[:10]}")
     return means
 
 
 # ------------------------------------------------------------------------------------ settings
 class UserError(Exception):
-    """A mistake that the user can correct: printed as one line, exit status 2."""
+    """What a user can act on, printed as one line: UserError(message, exit status if not 2)."""
 
 
 @contextlib.contextmanager
@@ -221,11 +224,10 @@ def user_error(what, remedy):
     """Turn what a library raises inside into one line: what failed, the remedy, its own words."""
     try:
         yield
-    except UserError:
-        raise
     except (Exception, dcp.CheckpointException) as error:  # libraries raise kinds of their own
-        cause = next(iter(getattr(error, "failures", {}).values()), [error])[0]  # what dcp wraps
-        why = getattr(cause, "strerror", None) or str(cause).strip().split("\n")[0] or repr(cause)
+        failures = list(getattr(error, "failures", {}).values())  # of dcp: (error, traceback)
+        cause = failures[0][0] if failures else error
+        why = str(cause).strip().split("\n")[0] or repr(cause)
         raise UserError(f"{what}; {remedy} ({why:.300})") from error
 
 
@@ -291,7 +293,7 @@ class Config:
 def convert(value, kind, allowed):
     """A setting in its own type, or ValueError. From text: int(1.5) is 1, bool("false") is True."""
     allowed = ("true", "false") if kind is bool else allowed
-    text = str(value).lower() if allowed else str(value)
+    text = str(value).lower() if allowed else str(value)  # words in any case, names as they are
     text.encode()  # a name that is not UTF-8 would fail when the model is saved
     if kind in (bool, str) and allowed and text not in allowed:
         raise ValueError(f"not {' or '.join(allowed)}")
@@ -436,7 +438,8 @@ def render(tokenizer, prompt, responses, options):
     lost, rest = [], bare(begin)
     for message in prompt:  # in their order, because one text may occur in another
         text = bare(message["content"])
-        lost += [] if text in rest else [message["content"]]
+        if text not in rest:
+            lost.append(message["content"])
         rest = rest[rest.find(text) + len(text) :]
     if options.get("tools") and begin == template(prompt, add_generation_prompt=True, tools=None):
         lost.append("tools")
@@ -452,9 +455,9 @@ def render(tokenizer, prompt, responses, options):
 
 
 def tokenize(tokenizer, endings, text, after):
-    """Token ids of prompt and response up to the end of its turn: the first token behind at which
-    the model stops, else the first special one, else EOS. after: the text behind the response, or
-    None in a text, which may hold the end of its turn itself."""
+    """Token ids of prompt and response up to the end of its turn: the first token after the
+    response at which the model stops, else the first special one, else EOS, if there is one.
+    after: the text behind the response, or None in a text, which may hold that end itself."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     kept = list(ids)
     if after:
@@ -463,9 +466,9 @@ def tokenize(tokenizer, endings, text, after):
         while kept and (kept[-1] in endings.special or not tokenizer.decode(kept[-1]).strip()):
             kept.pop()
     end = common_prefix(kept, ids)  # before what is kept, where tokens merge with those behind
-    for ending in endings:
+    for kind in endings:
         for i in range(end, len(ids)):
-            if ids[i] in ending:
+            if ids[i] in kind:
                 return ids[: i + 1]
     return kept if tokenizer.eos_token_id is None else [*kept, tokenizer.eos_token_id]
 
@@ -474,7 +477,7 @@ def encode(example, tokenizer, endings, config, notes):
     """Token ids (prompt, chosen, rejected) of a row, int32, or None where it cannot teach. Prompt
     and response are tokenized together, because tokenizers merge across the boundary. Where a pair
     is too long, the prompt loses its beginning, then the responses lose their ends. notes: counts
-    all this, some of it as zero."""
+    all this."""
     prompt, *responses, options = parse_example(example)
     if isinstance(prompt, list):
         begin, texts, after = render(tokenizer, prompt, responses, options)
@@ -547,7 +550,7 @@ def load_data(config):
     endings = Endings(stops, special | stops)
     pairs, notes, rows = load_pairs(config.data, tokenizer, endings, config)
     for part, ids in zip(Pair._fields, pairs[0][:3]):  # to see what the template makes of it
-        print(f"first {part:9} ... {tokenizer.decode(ids[-20:])!r:.80}")
+        print(f"first {part:9} ... {tokenizer.decode(ids[-20:])!r}")
     pairs = [pairs[i] for i in np.random.default_rng(config.seed).permutation(len(pairs))]
     if config.eval_data:
         eval_pairs, more, eval_rows = load_pairs(config.eval_data, tokenizer, endings, config)
@@ -583,8 +586,8 @@ def load_model(name):
     model, report = load_pretrained(AutoModelForCausalLM, name, **options)
     for problem, found in report.items():
         if found:
-            found = ", ".join(map(str, found))
-            raise UserError(f"--model {name}: {problem} {found:.200}; download all files again")
+            found = ", ".join(sorted(map(str, found)))
+            raise UserError(f"--model {name}: {problem} {found:.200}; take all files of one model")
     return model
 
 
@@ -597,7 +600,7 @@ def check_model(model, pairs):
     window = getattr(config, "sliding_window", None) or math.inf
     if pair_tokens(pair, plain_rows=True) / 2 < window:  # no window cuts it: a short one will do
         pair = Pair(pair.prompt[-256:], pair.chosen[:128], pair.rejected[:128])
-    ids = make_rows([pair], plain_rows=True, device=device)[0][:1, :384]
+    ids = make_rows([pair], plain_rows=True, device=device)[0][:1, :384]  # of chosen alone
     changed = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % config.vocab_size], 1)
     with user_error("--model", "its forward pass must take logits_to_keep, as most do"):
         plain = torch.cat(pair_logps(model, [pair], plain_rows=True, device=device)).cpu()
@@ -705,8 +708,8 @@ def activation_memory(model, config, pairs):
     kept = text.num_hidden_layers * (item * hidden if config.gradient_checkpointing else layer)
     logits = 12 * responses * text.vocab_size + 4 * item * hidden
     masks = 0 if config.plain_rows else 3 * item * max(rows)
-    # a layer's backward pass takes a fifth more than it kept
-    return tokens * (kept + max(1.2 * layer, logits) + masks) / GIB
+    backward = 1.2 * layer  # a layer's backward pass takes a fifth more than it kept
+    return tokens * (kept + max(backward, logits) + masks) / GIB
 
 
 def find_place(config, model, pairs):
@@ -737,10 +740,10 @@ def find_place(config, model, pairs):
             continue
         settings = dict(offload=offload, gradient_checkpointing=recompute)
         settings["micro_tokens"] = config.micro_tokens or tokens
-        run = dataclasses.replace(config, **settings)
-        memory = {config.device: weights[offload] + activation_memory(model, run, pairs)}
-        host = 0 if offload == "false" else 16 * count / WORLD_SIZE
-        host = processes * (0.5 + host + memory.get("cpu", 0))  # Python takes half of one
+        tried = dataclasses.replace(config, **settings)
+        memory = {config.device: weights[offload] + activation_memory(model, tried, pairs)}
+        offloaded = 0 if offload == "false" else 16 * count / WORLD_SIZE
+        host = processes * (0.5 + offloaded + memory.get("cpu", 0))  # Python takes half of one
         memory["cpu"] = max(host, 6 * count)  # to load all in float32, and to save a copy
         fits = all(gib < free_memory(device) for device, gib in memory.items())
         if fits:
@@ -804,10 +807,12 @@ def claim(config, on_exit):
         on_exit.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         on_exit.callback(lambda: None if os.listdir(out) else out.rmdir())  # leave none empty
-    if config.resume and ((out / "summary.json").exists() or not checkpoints(out)):
-        raise UserError(f"--resume: {out} holds no checkpoint of an unfinished run; start without")
+    resumable = checkpoints(out) and not (out / "summary.json").exists()
+    if config.resume and not resumable:
+        raise UserError(f"--resume: {out} has no checkpoint of an unfinished run; start a new one")
     if os.listdir(out) and not config.resume:
-        raise UserError(f"--out {out}: is not empty; pass another, or --resume if a run stopped")
+        remedy = "--resume" if resumable else "pass another"
+        raise UserError(f"--out {out}: is not empty; {remedy}")
     shutil.rmtree(out / ".partial", ignore_errors=True)  # of a run that was killed amid a save
 
 
@@ -815,14 +820,14 @@ def load_checkpoint(config, state, tensors):
     """Load the newest checkpoint in --out into the tensors, and return its state. state: of the run
     that would begin. UserError where that is another run, or a file is of another checkpoint."""
     folder = checkpoints(config.out)[0]
-    remedy = "restore its files, or move it away to resume from the one before"
+    remedy = "pass what its run was passed, restore its files, or resume from the one before"
     with user_error(f"{folder}: not loaded", remedy):
         saved = json.loads((folder / "state.json").read_text())
         before = saved["config"] | saved["made_from"]
         for name, value in (state["config"] | state["made_from"]).items():
             old = before.get(name, value)  # a checkpoint may be older than a setting
             if old != value and name not in MAY_CHANGE:
-                raise UserError(f"--resume: {name} is {value}, and was {old} in that run")
+                raise ValueError(f"{name} is {value}, and was {old} in that run")
         named = {f"{saved['step']}.{name}": tensor for name, tensor in tensors.items()}
         # it raises where a tensor is missing or has another shape
         dcp.load(named, storage_reader=dcp.HuggingFaceStorageReader(folder))
@@ -837,7 +842,7 @@ def save_checkpoint(out, state, tensors):
     partial = out / ".partial"
     # names with the step, so that no file of another checkpoint passes for one of this
     named = {f"{state['step']}.{name}": tensor for name, tensor in tensors.items()}
-    files = {name: number for number, name in enumerate(named, 1)}  # each is built in memory
+    files = {name: number for number, name in enumerate(named, 1)}  # one each: memory holds a file
     writer = dcp.HuggingFaceStorageWriter(partial, files, save_distributed=True)
     with user_error("a checkpoint was not written", "--resume takes the one before"):
         dcp.save(named, storage_writer=writer)
@@ -852,10 +857,6 @@ def save_checkpoint(out, state, tensors):
 
 
 # ------------------------------------------------------------------------------------ training
-class Stopped(Exception):
-    """A signal ended the run after a step that was saved: Stopped(signal number, step)."""
-
-
 def learning_rate_at(step, steps, config):
     """Linear warm-up, then a cosine to zero. step counts from 0; no step has a rate of zero."""
     warmup = math.ceil(config.warmup_ratio * steps)
@@ -932,14 +933,17 @@ def rehearse(model, optimizer, pairs, checked, loss_fn, config):
     copies = np.clip(config.micro_tokens // tokens, 1, min(config.batch_size, len(pairs)))
     largest = (copies * tokens).argmax(), (copies * responses).argmax()
     indices = [i for i in largest for _ in range(copies[i] * WORLD_SIZE)]
-    with user_error("rehearsal", "lower --alpha or --micro-tokens, or choose --dtype float32"):
+    try:
         with torch.no_grad():
             found = torch.cat(pair_logps(model, [pair], config.plain_rows, config.device)).cpu()
         bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # ten times what rounding does
         if not (found - exact).abs().max() < bound * max(1.0, exact.abs().max()):  # or NaN
             raise FloatingPointError(f"log-probabilities {found.tolist()}, not {exact.tolist()}")
         run_pairs(model, pairs, indices, loss_fn, config, training=True)
-        clip_gradient(optimizer, config.max_grad_norm)
+        clip_gradient(optimizer, config.max_grad_norm)  # raises where it is not finite
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        remedy = "lower --alpha or --micro-tokens, or choose --dtype float32"
+        raise UserError(f"rehearsal: {error}; {remedy}") from error
     optimizer.zero_grad()
 
 
@@ -965,8 +969,8 @@ def save_model(model, tokenizer, summary, out):
         model.config.dtype = torch.bfloat16  # of what is written, not of the model
         model.config.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        for path in out.glob("*.safetensors"):  # which safetensors lets only the owner read
-            path.chmod((out / "config.json").stat().st_mode)
+        for path in out.glob("*.safetensors"):  # safetensors lets only the owner read them
+            shutil.copymode(out / "config.json", path)
         (out / ".summary").write_text(json.dumps(summary, indent=2) + "\n")
         os.sync()
         (out / ".summary").rename(out / "summary.json")
@@ -980,7 +984,7 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         (losses, chosen_rewards, rejected_rewards), (pairs,) each. batch: indices into pairs.
     model: one that is loaded, on the CPU, in place of the weights that config.model names.
     Raises UserError, before anything is written, where settings, data or model cannot be used, and
-    FloatingPointError (a loss or gradient is not finite) or Stopped (a signal, after a save)."""
+    after a signal, once all is saved; FloatingPointError where a loss or gradient is not finite."""
     config = resolve(config)
     knobs, out = (config.alpha, config.beta, config.gamma), Path(config.out)
     loss_fn = loss_fn or (lambda chosen, rejected, *_: alphapo_loss(chosen, rejected, *knobs))
@@ -1013,7 +1017,7 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         else:
             state["before"] = evaluate_at(0)
         steps, signals = plan["steps"], catch_signals(on_exit)
-        # no bar where there is no terminal: a pipe may close, as that of tee does at Ctrl-C
+        # no bar without a terminal: writing it to a closed pipe would raise (Ctrl-C ends tee first)
         options = dict(initial=state["step"], total=steps, unit="step", disable=RANK > 0 or None)
         progress = on_exit.enter_context(tqdm(range(state["step"] + 1, steps + 1), **options))
         for step in progress:
@@ -1027,7 +1031,7 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
                 middle = time.perf_counter()
                 metrics["grad_norm"] = clip_gradient(optimizer, config.max_grad_norm)
             except FloatingPointError as error:
-                raise FloatingPointError(f"step {step}: {error}") from error
+                raise FloatingPointError(f"step {step}: {error}; lower --learning-rate") from error
             optimizer.step()
             optimizer.zero_grad()
             end, state["step"] = time.perf_counter(), step
@@ -1043,9 +1047,10 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
             if received or (config.save_every and step % config.save_every == 0):
                 save_checkpoint(out, state, tensors)
             if received:
-                raise Stopped(received.item(), step)
-        for param in optimizer.param_groups[0]["params"]:
-            param.detach().copy_(param.detach().bfloat16())  # the last figures are of what is saved
+                said = f"stopped after step {step} and saved; the same with --resume goes on"
+                raise UserError(said, 128 + received.item())
+        for param in optimizer.param_groups[0]["params"]:  # round to what is saved
+            param.detach().copy_(param.detach().bfloat16())
         tensors.clear()
         optimizer.state.clear()  # so that saving takes no more memory than training
         state.update(after=evaluate_at(steps), plan=plan, notes=notes, processes=WORLD_SIZE)
@@ -1062,33 +1067,27 @@ def read_log(run):
     return [m for m in log if "loss" in m], [m for m in log if "eval_loss" in m]
 
 
-def table(run):
-    """What a run did to the held-out pairs, and how fast it was, in words."""
-    summary, (steps, _) = json.loads((Path(run) / "summary.json").read_text()), read_log(run)
-    lines = [f"{summary['eval_pairs']:5} held-out pairs{'before':>14}{'after':>10}{'change':>10}"]
-    for key, before in summary["before"].items():
-        name, after = key.removeprefix("eval_"), summary["after"][key]
-        lines.append(f"{name:24}{before:10.4f}{after:10.4f}{after - before:+10.4f}")
-    seconds, pairs, tokens = (sum(m[key] for m in steps) for key in ("seconds", "pairs", "tokens"))
-    speed = f"{pairs / seconds:.2f} pairs/s, {tokens / seconds:.0f} tokens/s"
-    return "\n".join([*lines, f"{speed}, peak memory {summary['peak_memory_gib']:.2f} GiB"])
-
-
-def draw_curves(run):
-    """Draw curves.png of a run: lines are its steps, and dots the held-out pairs."""
+def report(summary):
+    """Print what a run did to the held-out pairs and how fast it was, and draw curves.png: a panel
+    for each metric, in which dots are the held-out pairs."""
     from matplotlib.figure import Figure  # here, because only pictures need it
 
-    steps, evaluations = read_log(run)
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    panels = METRICS[:1], ["rewards/margins"], ["rewards/accuracies"], METRICS[5:]
-    for axis, keys in zip(figure.subplots(1, 4), panels):
-        for key, color in zip(keys, ("#2a86d8", "#e0702a")):
-            axis.plot([m["step"] for m in steps], [m[key] for m in steps], color=color, alpha=0.4)
-            held_out = [m["step"] for m in evaluations], [m[f"eval_{key}"] for m in evaluations]
-            axis.plot(*held_out, "o-", color=color, label=key)
-        axis.set_xlabel("step")
-        axis.legend()
-    figure.savefig(Path(run) / "curves.png", dpi=110)
+    print(f"{summary['eval_pairs']:5} held-out pairs{'before':>14}{'after':>10}{'change':>10}")
+    for key, before in summary["before"].items():
+        name, after = key.removeprefix("eval_"), summary["after"][key]
+        print(f"{name:24}{before:10.4f}{after:10.4f}{after - before:+10.4f}")
+    out = Path(summary["config"]["out"])
+    steps, evaluations = read_log(out)
+    seconds, pairs, tokens = (sum(m[key] for m in steps) for key in ("seconds", "pairs", "tokens"))
+    speed = f"{pairs / seconds:.2f} pairs/s, {tokens / seconds:.0f} tokens/s"
+    print(f"{speed}, peak memory {summary['peak_memory_gib']:.2f} GiB")
+    print(f"the aligned model is in {out}")
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    for number, key in enumerate(METRICS, 1):
+        axis = figure.add_subplot(2, 4, number, title=key, xlabel="step")
+        axis.plot([m["step"] for m in steps], [m[key] for m in steps], alpha=0.4)
+        axis.plot([m["step"] for m in evaluations], [m[f"eval_{key}"] for m in evaluations], "o-")
+    figure.savefig(out / "curves.png", dpi=110)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -1110,11 +1109,10 @@ def parse_arguments(argv):
         switch = dict(nargs="?", const=True) if "bool" in str(field.type) else {}
         parser.add_argument(*spellings, help=field.metadata["help"] + default, **switch)
     given = vars(parser.parse_args(argv))
-    preset = dict(PRESETS.get(given.get("model", "tiny"), {}))
+    name = given.pop("model", "tiny")
+    preset = PRESETS.get(name, dict(model=name))
     if "data" in given:
-        preset.pop("eval_data", None)  # a preset's held-out pairs belong to its own data
-    if preset:
-        given.pop("model", None)  # the name of the preset, which has the model's
+        given.setdefault("eval_data", None)  # a preset's held-out pairs belong to its own data
     return Config(**preset | given)
 
 
@@ -1125,27 +1123,16 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        config = parse_arguments(sys.argv[1:] if argv is None else argv)
-        if train(config):
-            with contextlib.suppress(Exception):  # a picture is not worth a run
-                draw_curves(config.out)
-            print(f"{table(config.out)}\nthe aligned model is in {config.out}")
+        if summary := train(parse_arguments(argv)):
+            report(summary)
     except UserError as error:
-        fail(error)
+        fail(*error.args)
     except KeyboardInterrupt:
         fail("interrupted", 130)
-    except Stopped as error:
-        number, step = error.args
-        fail(f"stopped after step {step} and saved; the same with --resume goes on", 128 + number)
-    except (FloatingPointError, OSError, MemoryError, RuntimeError) as error:
-        what = (str(error) or repr(error)).splitlines()[0]
-        if isinstance(error, FloatingPointError):
-            what += "; lower --learning-rate or --alpha"
-        elif "memory" in what.lower():  # of a GPU or of the host
-            what += "; lower --micro-tokens"
-        elif type(error) is RuntimeError:
-            raise
-        fail(f"{what}; --resume goes on after the last checkpoint, if there is one", 1)
+    except torch.OutOfMemoryError as error:
+        fail(f"{error}; lower --micro-tokens", 1)
+    except (FloatingPointError, OSError) as error:
+        fail(f"{error}; --resume goes on after the last checkpoint, if there is one", 1)
 
 
 if __name__ == "__main__":

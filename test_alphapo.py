@@ -644,7 +644,7 @@ BAD_INPUT = [  # words of the line; bad flags, config, row, or template, which l
     ("nowhere.jsonl", "--data nowhere.jsonl"), ("rehearsal", "--alpha 1e5"), ("--gama", "--gama 1"),
     ("mistral-7b-instruct", "--model mistral-7b-instuct"), ("--epochs 1.5", "--epochs 1.5"),
     ("--beta -2", "--beta -2"), ("adapter", "--model adapter"), ("safetensors", "--model pointer"),
-    ("--out full: is not empty", "--out full"), ("--resume: out holds", "--resume"),
+    ("--out full: is not empty", "--out full"), ("--resume: out has no", "--resume"),
     ("missing", dict(num_hidden_layers=5)), ("unexpected", dict(num_hidden_layers=3)),
     ("mismatched", dict(intermediate_size=392)), ("-length 16", dict(max_position_embeddings=16)),
     ("quantized", dict(quantization_config=dict(quant_method="fp8"))),
