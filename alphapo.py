@@ -1092,7 +1092,7 @@ def report(summary):
 
 # ------------------------------------------------------------------------------------ command line
 def fail(message, status=2):
-    if RANK == 0:  # under torchrun, one message is enough
+    if RANK == 0 or status == 1:  # all processes find a mistake, but a failure may be of one
         print(f"alphapo: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
