@@ -343,27 +343,25 @@ def load_pretrained(kind, name, **options):
 
 
 def read_examples(name):
-    """Yield (place, example) of a file or hub data set: a dict of columns, or a line of JSON."""
-    kind, place = Path(name).suffix.lower(), f"{name}: row "
-    if kind in (".json", ".jsonl"):
+    """Yield (NAME:NUMBER, example) of a file or hub data set: a row, or a line of JSON."""
+    kind = Path(name).suffix.lower()
+    if kind in (".json", ".jsonl"):  # a list of rows, or one a line, whatever the file is called
         content = Path(name).read_bytes().removeprefix(b"\xef\xbb\xbf")
-        if content.lstrip().startswith(b"["):
-            examples = json.loads(content)
-        else:  # one row a line, whatever the file is called
-            examples, place = content.split(b"\n"), f"{name}:"
+        is_list = content.lstrip().startswith(b"[")
+        examples = json.loads(content) if is_list else content.split(b"\n")
     else:
         import datasets  # here, because it takes seconds
 
         if kind == ".parquet":
-            examples = datasets.load_dataset("parquet", data_files=name, split="train")
-        elif os.path.isfile(name):
+            examples = datasets.Dataset.from_parquet(name)
+        elif os.path.isfile(name):  # the hub would be asked for it, again and again
             raise ValueError(f"files {kind} are not read")
         else:
             repository, _, split = name.partition(":")
             examples = datasets.load_dataset(repository, split=split or "train")
     for number, example in enumerate(examples, 1):
         if not isinstance(example, bytes) or example.strip():  # an empty line is no row
-            yield f"{place}{number}", example
+            yield f"{name}:{number}", example
 
 
 def parse_example(example):
