@@ -1066,26 +1066,28 @@ def read_log(run):
 
 
 def report(summary):
-    """Draw curves.png, a panel for each metric, in which dots are the held-out pairs; and print
-    what the run did to these, and how fast it was."""
-    from matplotlib.figure import Figure  # here, because only pictures need it
-
-    out = Path(summary["config"]["out"])
-    steps, evaluations = read_log(out)
-    figure = Figure(figsize=(14, 6), layout="constrained")
-    for number, key in enumerate(METRICS, 1):
-        axis = figure.add_subplot(2, 4, number, title=key, xlabel="step")
-        axis.plot([m["step"] for m in steps], [m[key] for m in steps], alpha=0.4)
-        axis.plot([m["step"] for m in evaluations], [m[f"eval_{key}"] for m in evaluations], "o-")
-    figure.savefig(out / "curves.png", dpi=110)
+    """Print what a run did to the held-out pairs and how fast it was, and draw curves.png: a panel
+    for each metric, in which dots are the held-out pairs."""
     print(f"{summary['eval_pairs']:5} held-out pairs{'before':>14}{'after':>10}{'change':>10}")
     for key, before in summary["before"].items():
         name, after = key.removeprefix("eval_"), summary["after"][key]
         print(f"{name:24}{before:10.4f}{after:10.4f}{after - before:+10.4f}")
+    out = Path(summary["config"]["out"])
+    steps, evaluations = read_log(out)
     seconds, pairs, tokens = (sum(m[key] for m in steps) for key in ("seconds", "pairs", "tokens"))
     speed = f"{pairs / seconds:.2f} pairs/s, {tokens / seconds:.0f} tokens/s"
     print(f"{speed}, peak memory {summary['peak_memory_gib']:.2f} GiB")
     print(f"the aligned model is in {out}")
+    with contextlib.suppress(ImportError, OSError):  # a picture is not worth a run
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(14, 6), layout="constrained")
+        for number, key in enumerate(METRICS, 1):
+            axis = figure.add_subplot(2, 4, number, title=key, xlabel="step")
+            axis.plot([m["step"] for m in steps], [m[key] for m in steps], alpha=0.4)
+            held_out = [m[f"eval_{key}"] for m in evaluations]
+            axis.plot([m["step"] for m in evaluations], held_out, "o-")
+        figure.savefig(out / "curves.png", dpi=110)
 
 
 # ------------------------------------------------------------------------------------ command line
