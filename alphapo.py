@@ -207,9 +207,9 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
         dist.all_reduce(sums)
     means = dict(zip(METRICS, (sums / len(order)).tolist()))  # waits for the device
     if not math.isfinite(means["loss"]):
-        here = [pairs[i].place for i, is_finite in zip(ran, torch.cat(finite)) if not is_finite]
+        bad = [pairs[i].place for i, is_finite in zip(ran, torch.cat(finite)) if not is_finite]
         places = [None] * WORLD_SIZE
-        dist.all_gather_object(places, here)
+        dist.all_gather_object(places, bad)
         raise FloatingPointError(f"the loss is not finite, at {sorted(set(sum(places, [])))[:10]}")
     return means
 
@@ -763,7 +763,7 @@ def make_plan(config, model, pairs, eval_pairs):
     limit = getattr(text, "max_position_embeddings", None) or math.inf
     if math.ceil(longest / 8) * 8 > limit:  # as rows are padded
         raise UserError(f"--max-length {limit // 8 * 8}: needed, as no more positions exist")
-    if max(ids.max() for pair in everything for ids in pair[:3]) >= text.vocab_size:
+    if max(np.concatenate(pair[:3]).max() for pair in everything) >= text.vocab_size:
         raise UserError(f"--model {config.model}: the tokenizer has ids beyond the embedding")
     steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
     steps = min(config.max_steps or math.inf, steps_per_epoch * config.epochs)
@@ -1062,7 +1062,8 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
 def read_log(run):
     """The metrics of a run's steps, and of its evaluations."""
     log = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [m for m in log if "loss" in m], [m for m in log if "eval_loss" in m]
+    steps = [metrics for metrics in log if "loss" in metrics]
+    return steps, [metrics for metrics in log if "eval_loss" in metrics]
 
 
 def report(summary):
