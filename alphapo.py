@@ -382,13 +382,14 @@ def parse_example(example):
         asked |= filled.intersection(["tools", "chat_template_kwargs"])  # which need messages
         for name in sorted(asked):
             if str(example[name]) not in (prompt or ""):
-                raise UserError(f"{name!r} would be lost: make it the prompt, or a part of it")
+                raise UserError(f"{name!r} would be lost: put it into the prompt, or drop it")
         repeated = prompt and chosen.startswith(prompt) and rejected.startswith(prompt)
         start = len(prompt) if repeated and len(prompt) >= 20 else 0  # "a" may begin "apple"
         return prompt, chosen[start:], rejected[start:], {}
-    if not isinstance(chosen, list) or not isinstance(rejected, list):
-        columns = ascii(sorted(filled))
-        raise UserError(f"needs 'chosen' and 'rejected', both texts or both lists, not {columns}")
+    lists = isinstance(chosen, list) and isinstance(rejected, list)
+    if not lists or not isinstance(prompt, list | str | None):
+        types = {key: type(example[key]).__name__ for key in sorted(filled)}
+        raise UserError(f"needs 'chosen' and 'rejected', both texts or both lists, not {types!a}")
     if isinstance(prompt, str) and len(chosen) == 1:  # "Hi", [assistant], [assistant]
         prompt = [dict(role="user", content=prompt)]
     elif isinstance(prompt, str | None):  # [user, assistant] twice; UltraFeedback has a text too
@@ -396,8 +397,10 @@ def parse_example(example):
     for message in [*prompt, *chosen, *rejected]:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise UserError(f"a message needs a role ({', '.join(ROLES)}): {ascii(message):.80}")
-        if not isinstance(message.get("content"), str) or any(map(message.get, BEYOND_TEXT)):
-            raise UserError(f"a message may hold a text as content alone: {ascii(message):.80}")
+        if lost := [key for key in BEYOND_TEXT if message.get(key)]:
+            raise UserError(f"{lost[0]!r} of a message would be lost; pass rendered texts")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"a message needs a text as its content: {ascii(message):.80}")
     said = [[(m["role"], m["content"]) for m in side] for side in (prompt, chosen, rejected)]
     rest = [side[len(prompt) :] if side[: len(prompt)] == said[0] else side for side in said[1:]]
     roles = [role for side in rest for role, _ in side]
@@ -490,8 +493,8 @@ def encode(example, tokenizer, endings, config, notes):
         encoded = [ids if ids[:1] == bos else bos + ids for ids in encoded]
     shared = min(common_prefix(*encoded), len(encoded[0]) - 1, len(encoded[1]) - 1)
     prompt, chosen, rejected = encoded[0][:shared], encoded[0][shared:], encoded[1][shared:]
-    wordless = map(endings.special.issuperset, (chosen, rejected))  # also of no token at all
-    if not prompt or not all(map(str.strip, responses)) or any(wordless):
+    words = [[i for i in ids if i not in endings.special] for ids in (chosen, rejected)]
+    if not prompt or not all(map(str.strip, [*responses, *map(tokenizer.decode, words)])):
         notes["pairs dropped, because the prompt or a response is empty"] += 1
         return None
     longest = max(len(chosen), len(rejected))

@@ -386,11 +386,12 @@ def test_pairs_that_cannot_teach_are_dropped_and_counted_and_some_are_held_out()
     text = {"prompt": "Write a word: un", "chosen": "happy", "rejected": "done"}
     changes = {"chosen": ""}, {"chosen": " \n"}, {"rejected": ""}, {"rejected": "<|im_end|>"}
     rows = [text | change for change in (*changes, {"rejected": "happy"}, {"prompt": ""})]
+    rows.append({"chosen": "Say: ", "rejected": "Say: a"})
     config = tiny_config(data=write_rows(rows + [text] * 21), eval_split=0.2)
     _, pairs, held_out, notes, _ = alphapo.load_data(config)
     assert len(pairs) == 17 and len({pair.place for pair in pairs + held_out}) == 21
     empty, equal = sorted(notes)
-    assert "empty" in empty and "equal" in equal and notes == {empty: 5, equal: 1}
+    assert "empty" in empty and "equal" in equal and notes == {empty: 6, equal: 1}
 
 
 # ------------------------------------------------------------------------------------ the model
