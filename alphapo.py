@@ -33,7 +33,7 @@ import time
 from collections import Counter, namedtuple
 from pathlib import Path
 
-# torch reads both when it is imported; large pages are worth 5 % of the time on a CPU
+# torch reads both when it is imported; the second, large pages, is worth 5 % of a CPU's time
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -50,6 +50,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 TORCHRUN = os.environ if dist.is_torchelastic_launched() else {}  # a stray RANK means nothing
 RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))  # of this machine
 GIB = 2**30
 
 
@@ -128,16 +129,17 @@ def make_rows(pairs, plain_rows=False, device="cpu"):
 def attention_masks(config, position_ids, segments, dtype):
     """Masks of shared rows, (rows, 1, width, width): one, or a dict with one for each kind of layer
     that the model's config names. A token sees the prompt and its own response, up to itself and
-    within the layer's window, in positions. Raises KeyError where a layer is not attention."""
+    within the layer's window, which counts positions. KeyError where a layer is not attention."""
     query, key = segments[:, :, None], segments[:, None, :]
     seen = ((key == query) | (key == 0)).tril()
     distance = position_ids[:, :, None] - position_ids[:, None, :]
-    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
+    window = getattr(config, "sliding_window", None) or math.inf
+    windows = {"full_attention": math.inf, "sliding_attention": window}
     kinds = getattr(config, "layer_types", None)
     # additive, as eager attention adds it; finite wherever FSDP casts it: -inf gives NaN
     lowest, masks = torch.finfo(torch.bfloat16).min, {}
     for kind in set(kinds or ["sliding_attention"]):
-        hidden = ~seen | (distance >= (windows[kind] or seen.shape[1]))
+        hidden = ~seen | (distance >= windows[kind])
         masks[kind] = torch.zeros_like(seen, dtype=dtype).masked_fill_(hidden, lowest)[:, None]
     return masks if kinds else masks["sliding_attention"]
 
@@ -165,12 +167,12 @@ METRICS += ["logps/chosen", "logps/rejected"]  # TRL's names; rewards include be
 def micro_batches(order, tokens, micro_tokens):
     """Split indices into lists of at most micro_tokens, before their rows are padded, or of one
     pair. order: longest first, so that the first decides the width. tokens: of each index."""
-    batches = []
+    batches, width = [], 0
     for i in order:
-        if batches and (len(batches[-1]) + 1) * tokens[batches[-1][0]] <= micro_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+        if not batches or (len(batches[-1]) + 1) * width > micro_tokens:
+            batches.append([])
+            width = tokens[i]
+        batches[-1].append(i)
     return batches
 
 
@@ -184,7 +186,7 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
     splits = [micro_batches(share, tokens, config.micro_tokens) for share in shares]
     passes = max(map(len, splits))  # as many on every process, because in each FSDP waits for all
     sums = torch.zeros(len(METRICS), dtype=torch.float64, device=config.device)
-    ran, finite = [], []  # indices as they are run here, and whether each loss is finite
+    finite = {}  # whether the loss of each index that is run here is
     for number in range(passes):
         idle = number >= len(splits[RANK])  # then any pair, times zero, as other processes go on
         batch = order[:1] if idle else splits[RANK][number]
@@ -198,16 +200,15 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
         if training:
             (losses.sum() * (not idle) / len(order)).backward()
         margins = chosen_rewards - rejected_rewards
+        # in the order of METRICS
         values = losses, chosen_rewards, rejected_rewards, margins, margins > 0, *logps
-        values = torch.stack([value.detach().double() for value in values])  # (metrics, pairs)
-        sums += values.sum(1) * (not idle)
-        ran += batch
-        finite.append(values[0].isfinite())
-    if WORLD_SIZE > 1:
-        dist.all_reduce(sums)
-    means = dict(zip(METRICS, (sums / len(order)).tolist()))  # waits for the device
+        table = torch.stack([value.detach().double() for value in values])  # (metrics, pairs)
+        sums += table.sum(1) * (not idle)
+        finite |= dict(zip(batch, losses.detach().isfinite()))
+    dist.all_reduce(sums)
+    means = dict(zip(METRICS, (sums / len(order)).tolist()))  # the only wait for the device
     if not math.isfinite(means["loss"]):
-        bad = [pairs[i].place for i, is_finite in zip(ran, torch.cat(finite)) if not is_finite]
+        bad = [pairs[i].place for i, is_finite in finite.items() if not is_finite]
         places = [None] * WORLD_SIZE
         dist.all_gather_object(places, bad)
         raise FloatingPointError(f"the loss is not finite, at {sorted(set(sum(places, [])))[:10]}")
@@ -224,7 +225,7 @@ def user_error(what, remedy):
     """Turn what a library raises inside into one line: what failed, the remedy, its own words."""
     try:
         yield
-    except (Exception, dcp.CheckpointException) as error:  # libraries raise kinds of their own
+    except (Exception, dcp.CheckpointException) as error:  # dcp's is a BaseException
         failures = list(getattr(error, "failures", {}).values())  # of dcp: (error, traceback)
         cause = failures[0][0] if failures else error
         why = str(cause).strip().split("\n")[0] or repr(cause)
@@ -291,7 +292,7 @@ class Config:
 
 
 def convert(value, kind, allowed):
-    """A setting in its own type, or ValueError. From text: int(1.5) is 1, bool("false") is True."""
+    """A setting in its own type, or ValueError. By way of text: int(1.5) is 1, bool("no") True."""
     allowed = ("true", "false") if kind is bool else allowed
     text = str(value).lower() if allowed else str(value)  # words in any case, names as they are
     text.encode()  # a name that is not UTF-8 would fail when the model is saved
@@ -326,8 +327,9 @@ def resolve(config: Config) -> Config:
 # ------------------------------------------------------------------------------------ pairs
 MEDIA = "image", "images", "video", "videos", "audio"  # a text model sees nothing of these
 BEYOND_TEXT = "tool_calls", "function_call", "reasoning_content", "thinking", *MEDIA
+# columns that may hold a part of the prompt
 PROMPTS = "prompt", "system", "system_prompt", "question", "instruction", "input", "query"
-PROMPTS += "problem", "context", "history", "messages", "conversations"  # may be of the prompt
+PROMPTS += "problem", "context", "history", "messages", "conversations", *MEDIA
 MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:.*\]\s*", re.S)
 ROLES = "system", "developer", "user", "assistant", "tool"
 # sets of token ids: those at which the model stops, and these with all special ones
@@ -372,8 +374,6 @@ def parse_example(example):
     filled = {key for key, value in example.items() if value not in (None, "", [], {})}
     asked = {key for key in filled if key.lower() in PROMPTS}
     prompt, chosen, rejected = (example.get(name) for name in ("prompt", "chosen", "rejected"))
-    if lost := filled.intersection(MEDIA):
-        raise UserError(f"{min(lost)!r} would be lost, as only text is trained; drop such rows")
     texts = [text for text in (prompt, chosen, rejected) if isinstance(text, str)]
     if any(map(MESSAGES_AS_TEXT.fullmatch, texts)):
         raise UserError("a list of messages as text: write it as a list, in JSON lines")
@@ -384,7 +384,7 @@ def parse_example(example):
             if str(example[name]) not in (prompt or ""):
                 raise UserError(f"{name!r} would be lost: put it into the prompt, or drop it")
         repeated = prompt and chosen.startswith(prompt) and rejected.startswith(prompt)
-        start = len(prompt) if repeated and len(prompt) >= 20 else 0  # "a" may begin "apple"
+        start = len(prompt) if repeated and len(prompt) >= 20 else 0  # a short "a" begins "apple"
         return prompt, chosen[start:], rejected[start:], {}
     lists = isinstance(chosen, list) and isinstance(rejected, list)
     if not lists or not isinstance(prompt, list | str | None):
@@ -402,13 +402,16 @@ def parse_example(example):
         if not isinstance(message.get("content"), str):
             raise UserError(f"a message needs a text as its content: {ascii(message):.80}")
     said = [[(m["role"], m["content"]) for m in side] for side in (prompt, chosen, rejected)]
-    rest = [side[len(prompt) :] if side[: len(prompt)] == said[0] else side for side in said[1:]]
+    begin, *sides = said
+    rest = [side[len(begin) :] if side[: len(begin)] == begin else side for side in sides]
     roles = [role for side in rest for role, _ in side]
     if not prompt or prompt[-1]["role"] == "assistant" or roles != ["assistant", "assistant"]:
         raise UserError(f"needs one prompt, then one assistant message each; responses are {roles}")
-    asked = {key: example[key] for key in asked if isinstance(example[key], str)}
-    if lost := set(asked.values()) - {text for _, text in said[0]}:
-        raise UserError(f"{min(lost)!r:.80} would be lost: make it a message of the prompt")
+    there = [*prompt, *chosen, *rejected, *(message["content"] for message in prompt)]
+    for name in sorted(asked):
+        parts = example[name] if isinstance(example[name], list) else [example[name]]
+        if not all(part in there for part in parts):
+            raise UserError(f"{name!r} would be lost: make it a message of the prompt, or drop it")
     options = example.get("chat_template_kwargs") or {}
     options = {key: value for key, value in options.items() if value is not None}  # of Parquet
     if "tools" in filled:
@@ -445,10 +448,10 @@ def render(tokenizer, prompt, responses, options):
     if options.get("tools") and begin == template(prompt, add_generation_prompt=True, tools=None):
         lost.append("tools")
     for text, response in zip(whole, responses):
-        answer = bare(text[len(begin.rstrip()) : len(text) - len(after)])
-        if not text.startswith(begin.rstrip()):
+        start = len(begin.rstrip())
+        if text[:start] != begin[:start]:
             lost.append(begin[common_prefix(begin, text) :])
-        elif not text.endswith(after) or not answer.endswith(bare(response["content"])):
+        elif not bare(text[start:].removesuffix(after)).endswith(bare(response["content"])):
             lost.append(response["content"])
     if lost:
         raise UserError(f"the chat template loses or moves {lost[0]!r:.100}; pass rendered texts")
@@ -461,13 +464,13 @@ def tokenize(tokenizer, endings, text, after):
     after: the text behind the response, or None in a text, which may hold that end itself."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     kept = list(ids)
-    if after:
-        kept = tokenizer.encode(text.removesuffix(after), add_special_tokens=False)
     if after is None and endings.special.intersection(ids):
         while kept and (kept[-1] in endings.special or not tokenizer.decode(kept[-1]).strip()):
             kept.pop()
+    elif after:
+        kept = tokenizer.encode(text.removesuffix(after), add_special_tokens=False)
     end = common_prefix(kept, ids)  # before what is kept, where tokens merge with those behind
-    for kind in endings:
+    for kind in (endings.stops, endings.special):
         for i in range(end, len(ids)):
             if ids[i] in kind:
                 return ids[: i + 1]
@@ -484,25 +487,25 @@ def encode(example, tokenizer, endings, config, notes):
         begin, texts, after = render(tokenizer, prompt, responses, options)
         responses = [message["content"] for message in responses]
     else:
-        begin, after, texts = prompt, None, [(prompt or "") + response for response in responses]
+        begin, texts, after = prompt, [(prompt or "") + response for response in responses], None
     encoded = [tokenize(tokenizer, endings, text, after) for text in texts]
     if begin is not None:
         encoded.append(tokenizer.encode(begin, add_special_tokens=False))
     bos = [tokenizer.bos_token_id]
     if after is None and tokenizer.encode("")[:1] == bos:  # a template writes it itself
         encoded = [ids if ids[:1] == bos else bos + ids for ids in encoded]
-    shared = min(common_prefix(*encoded), len(encoded[0]) - 1, len(encoded[1]) - 1)
-    prompt, chosen, rejected = encoded[0][:shared], encoded[0][shared:], encoded[1][shared:]
+    split = min(common_prefix(*encoded), len(encoded[0]) - 1, len(encoded[1]) - 1)
+    prompt, chosen, rejected = encoded[0][:split], encoded[0][split:], encoded[1][split:]
     words = [[i for i in ids if i not in endings.special] for ids in (chosen, rejected)]
     if not prompt or not all(map(str.strip, [*responses, *map(tokenizer.decode, words)])):
         notes["pairs dropped, because the prompt or a response is empty"] += 1
         return None
     longest = max(len(chosen), len(rejected))
-    most = config.max_length - min(longest, 248, config.max_length // 2)  # leaves room to answer
+    most = config.max_length - min(longest, 248, config.max_length // 2)  # SimPO's 1800 of 2048
     if len(prompt) > most:
         notes["prompts truncated"] += 1
-        bos = bos if prompt[:1] == bos else []
-        prompt = bos + prompt[len(prompt) - most + len(bos) :]
+        head = bos if prompt[:1] == bos else []
+        prompt = head + prompt[len(prompt) - most + len(head) :]
     room = config.max_length - len(prompt)
     notes["pairs with a response truncated"] += longest > room
     if chosen[:room] == rejected[:room]:
@@ -519,7 +522,7 @@ def load_pairs(name, tokenizer, endings, config):
         for place, example in tqdm(read_examples(name), name, leave=False, disable=None):
             try:
                 example = json.loads(example) if isinstance(example, bytes) else example
-                digest.update(json.dumps(example, default=str).encode())
+                digest.update(json.dumps(example, default=str).encode())  # templates may add a date
                 if ids := encode(example, tokenizer, endings, config, notes):
                     pairs.append(Pair(*ids, place))
             except Exception as error:  # ours, or of JSON, of a template, or what nobody foresaw
@@ -531,7 +534,7 @@ def load_pairs(name, tokenizer, endings, config):
         raise UserError("\n".join(lines[:10]))
     if not pairs:
         raise UserError(f"{name}: has no usable pair: {dict(+notes) or 'it is empty'}")
-    return pairs, +notes, digest.hexdigest()  # without what counts nothing
+    return pairs, +notes, digest.hexdigest()  # + leaves out counts of zero
 
 
 def digest_of(value):
@@ -560,7 +563,8 @@ def load_data(config):
         count, eval_rows = math.ceil(config.eval_split * (len(pairs) - 1)), None
         eval_pairs, pairs = pairs[:count], pairs[count:]
     print(f"{len(pairs)} pairs to train on, {len(eval_pairs)} held out")
-    print("".join(f"note: {count} {what}\n" for what, count in notes.items()), end="")
+    for what, count in notes.items():
+        print(f"note: {count} {what}")
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
     source = digest_of([rules, tokenizer.chat_template, sorted(stops)])
     made_from = dict(rows=rows, eval_rows=eval_rows, tokenizer=source)
@@ -580,7 +584,7 @@ def make_skeleton(name):
 def load_model(name):
     """The model in float32 on the CPU. UserError where files and config disagree, for transformers
     makes up the weights that are missing."""
-    if os.path.exists(os.path.join(name, "adapter_config.json")):
+    if Path(name, "adapter_config.json").exists():
         raise UserError(f"--model {name}: holds an adapter beside its weights; merge or remove it")
     options = dict(dtype=torch.float32, use_safetensors=True)
     options.update(ignore_mismatched_sizes=True, output_loading_info=True)  # refused below
@@ -648,6 +652,8 @@ def shard(whole, skeleton, config, pin_memory):
         module.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by all pairs
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other (pytorch issue 190747)
     if WORLD_SIZE > 1:
+        if whole:
+            model.generation_config = whole.generation_config  # the skeleton's is made up
         model.to_empty(device="cpu" if on_host else config.device)
         weights = whole.state_dict() if whole else {}
         how = state_dicts.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -686,7 +692,7 @@ def free_memory(device):
 
 
 def peak_memory(config):
-    """GiB that this process took at most, on the GPU or on a machine without one."""
+    """GiB that this process took at most, on the device that computes."""
     if config.device == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     unit = 1 if sys.platform == "darwin" else 1024
@@ -719,7 +725,7 @@ def find_place(config, model, pairs):
     device also holds the copies to compute with, and with "keep" the sums of gradients; with
     "layers", three layers at a time. Pinned memory comes in blocks of powers of two."""
     on_gpu, item = config.device == "cuda", 2 if config.dtype == "bfloat16" else 4
-    count, processes = model.num_parameters() / GIB, int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))
+    count = model.num_parameters() / GIB  # GiB, times the bytes of each
     absent = sum(p.numel() for layer in layers_of(model)[:-3] for p in layer.parameters()) / GIB
     weights = {  # GiB of the device
         "false": 16 * count / WORLD_SIZE + (2 * count if item == 2 else 0),
@@ -734,8 +740,8 @@ def find_place(config, model, pairs):
     fast = [(False, min(4096, most)), (True, min(8192, most))]
     # layer by layer, every micro-batch moves all weights, so it is as large as memory allows
     large = [(recompute, 2**n) for n in range(15, 8, -1) for recompute in (False, True)]
-    sizes = {"false": fast, "keep": fast, "layers": large if on_gpu else fast}
-    ways = [(offload, *size) for offload in wanted for size in sizes[offload]]
+    choices = {"false": fast, "keep": fast, "layers": large if on_gpu else fast}
+    ways = [(offload, *choice) for offload in wanted for choice in choices[offload]]
     for offload, recompute, tokens in ways:
         if config.gradient_checkpointing not in (None, recompute):
             continue
@@ -744,14 +750,15 @@ def find_place(config, model, pairs):
         tried = dataclasses.replace(config, **settings)
         memory = {config.device: weights[offload] + activation_memory(model, tried, pairs)}
         offloaded = 0 if offload == "false" else 16 * count / WORLD_SIZE
-        host = processes * (0.5 + offloaded + memory.get("cpu", 0))  # Python takes half of one
-        memory["cpu"] = max(host, 6 * count)  # to load all in float32, and to save a copy
+        each = 0.5 + offloaded + memory.get("cpu", 0)  # Python takes half of one
+        memory["cpu"] = max(LOCAL_WORLD_SIZE * each, 6 * count)  # 6: to load in float32, and save
         fits = all(gib < free_memory(device) for device, gib in memory.items())
         if fits:
             break
-    shards = [4 * p.numel() / WORLD_SIZE for p in model.parameters()]
-    blocks = sum(2 ** math.ceil(math.log2(shard)) for shard in shards) / GIB
-    pinned = memory["cpu"] + processes * (2 * blocks - 8 * count / WORLD_SIZE)  # weights, gradients
+    sizes = [4 * p.numel() / WORLD_SIZE for p in model.parameters()]
+    blocks = sum(2 ** math.ceil(math.log2(size)) for size in sizes) / GIB
+    more = 2 * blocks - 8 * count / WORLD_SIZE  # weights and gradients in blocks
+    pinned = memory["cpu"] + LOCAL_WORLD_SIZE * more
     pin_memory = on_gpu and offload != "false" and pinned < free_memory("cpu")
     if pin_memory:
         memory["cpu"] = pinned
@@ -770,10 +777,10 @@ def make_plan(config, model, pairs, eval_pairs):
         raise UserError(f"--model {config.model}: the tokenizer has ids beyond the embedding")
     steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
     steps = min(config.max_steps or math.inf, steps_per_epoch * config.epochs)
-    # the model takes 2 bytes a parameter, a checkpoint 12, and three exist for a moment
-    disk = (2 + (36 if config.save_every else 0)) * count / GIB
-    parent = next(path for path in Path(config.out).absolute().parents if path.exists())
-    room, ratio = shutil.disk_usage(parent).free / GIB, config.gamma / config.beta
+    # the model takes 2 bytes a parameter, a checkpoint 12: three for a moment, or one of a signal
+    disk = (2 + (36 if config.save_every else 12)) * count / GIB
+    out, ratio = Path(config.out).absolute(), config.gamma / config.beta
+    room = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / GIB
     plan = find_place(config, model, everything)
     print(f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g} (/beta {ratio:g})")
     print(f"{count / 1e6:,.1f} M parameters in {config.dtype} on {WORLD_SIZE} x {config.device}")
@@ -800,14 +807,15 @@ def checkpoints(out):
 
 
 def claim(config, on_exit):
-    """Make --out, and lock it until the run ends. UserError if it holds what is not to resume."""
+    """Make --out, and lock it for the run. UserError if it holds more than a run to resume."""
     out = Path(config.out)
     with user_error(f"--out {out}", "another run may be writing there; pass another --out"):
-        out.mkdir(parents=True, exist_ok=True)
+        if not out.exists():
+            out.mkdir(parents=True)
+            on_exit.callback(lambda: None if os.listdir(out) else out.rmdir())  # leave none empty
         lock = os.open(out, os.O_RDONLY)
         on_exit.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        on_exit.callback(lambda: None if os.listdir(out) else out.rmdir())  # leave none empty
     resumable = checkpoints(out) and not (out / "summary.json").exists()
     if config.resume and not resumable:
         raise UserError(f"--resume: {out} has no checkpoint of an unfinished run; start a new one")
@@ -843,7 +851,8 @@ def save_checkpoint(out, state, tensors):
     partial = out / ".partial"
     # names with the step, so that no file of another checkpoint passes for one of this
     named = {f"{state['step']}.{name}": tensor for name, tensor in tensors.items()}
-    files = {name: number for number, name in enumerate(named, 1)}  # one each: memory holds a file
+    # a file for each, because the writer holds a whole file in memory
+    files = {name: number for number, name in enumerate(named, 1)}
     writer = dcp.HuggingFaceStorageWriter(partial, files, save_distributed=True)
     with user_error("a checkpoint was not written", "--resume takes the one before"):
         dcp.save(named, storage_writer=writer)
@@ -854,7 +863,7 @@ def save_checkpoint(out, state, tensors):
         partial.rename(out / f"checkpoint-{state['step']:06}")
         for older in checkpoints(out)[2:]:
             shutil.rmtree(older)
-    dist.barrier()
+    dist.barrier()  # another's exit would end the first amid its save
 
 
 # ------------------------------------------------------------------------------------ training
@@ -872,7 +881,7 @@ def start_processes(config, on_exit):
         torch.cuda.set_device(int(TORCHRUN.get("LOCAL_RANK", 0)))
         torch.backends.cuda.enable_cudnn_sdp(False)  # masks can give NaN (pytorch issue 196678)
         # AdamW may run on the host, for which torchrun sets one thread
-        torch.set_num_threads(max(1, os.cpu_count() // int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // LOCAL_WORLD_SIZE))
     if not dist.is_initialized():
         alone = {} if TORCHRUN else dict(store=dist.HashStore(), rank=0, world_size=1)
         backend = "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo"
@@ -888,8 +897,7 @@ def on_first(function, *arguments):
             outcome[0] = function(*arguments)
         except Exception as error:
             outcome[1] = error
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+    dist.broadcast_object_list(outcome)
     if outcome[1]:
         raise outcome[1]
     return outcome[0]
@@ -908,7 +916,8 @@ def catch_signals(on_exit):
     with contextlib.suppress(ValueError):  # only the main thread catches signals
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                on_exit.callback(signal.signal, number, signal.signal(number, receive))
+                before = signal.signal(number, receive)
+                on_exit.callback(signal.signal, number, before)
     return received
 
 
@@ -926,8 +935,8 @@ def clip_gradient(optimizer, max_norm):
 
 
 def rehearse(model, optimizer, pairs, checked, loss_fn, config):
-    """Run now what would fail hours later: the checked pair as the run computes it, and a step of
-    the micro-batches with the most tokens and the most response tokens. UserError if it fails."""
+    """Run now what would fail hours later: the checked pair as the run computes it, and gradients
+    of the micro-batches with most tokens and most response tokens. UserError if one fails."""
     pair, exact = checked
     tokens = np.array([pair_tokens(pair, config.plain_rows) for pair in pairs])
     responses = np.array([len(pair.chosen) + len(pair.rejected) for pair in pairs])
@@ -960,15 +969,14 @@ def evaluate(model, pairs, loss_fn, config, log, step):
 def save_model(model, tokenizer, summary, out):
     """Write the model in bfloat16, the tokenizer, and last summary.json: where that is, all is.
     All of it comes from memory, because the folder that was read may have changed."""
+    model.to(torch.bfloat16)
     options = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = state_dicts.get_model_state_dict(model, options=options)  # of the first process only
-    once = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]  # if tied
+    # each tensor once, though a tied one has two names
+    once = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     if RANK == 0:
         weights = {name: weights[name] for name in once if name in weights}
-        weights = {k: x.bfloat16() if x.is_floating_point() else x for k, x in weights.items()}
         model.save_pretrained(out, state_dict=weights)
-        model.config.dtype = torch.bfloat16  # of what is written, not of the model
-        model.config.save_pretrained(out)
         tokenizer.save_pretrained(out)
         for path in out.glob("*.safetensors"):  # safetensors lets only the owner read them
             shutil.copymode(out / "config.json", path)
@@ -983,11 +991,13 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
     None on all processes but the first, and for a plan.
     loss_fn: a loss in place of alphapo_loss, (chosen_logps, rejected_logps, pairs, batch) ->
         (losses, chosen_rewards, rejected_rewards), (pairs,) each. batch: indices into pairs.
-    model: one that is loaded, on the CPU, in place of the weights that config.model names.
+    model: one that is loaded, on the CPU, in place of the weights that config.model names; it is
+        changed, to bfloat16 too.
     Raises UserError, before anything is written, where settings, data or model cannot be used, and
-    after a signal, once all is saved; FloatingPointError where a loss or gradient is not finite."""
+    later where a checkpoint cannot be, or after a signal, once all is saved; FloatingPointError
+    where a loss or gradient is not finite."""
     config = resolve(config)
-    knobs, out = (config.alpha, config.beta, config.gamma), Path(config.out)
+    out, knobs = Path(config.out), (config.alpha, config.beta, config.gamma)
     loss_fn = loss_fn or (lambda chosen, rejected, *_: alphapo_loss(chosen, rejected, *knobs))
     with contextlib.ExitStack() as on_exit:
         start_processes(config, on_exit)
@@ -1001,7 +1011,7 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         if config.plan:
             return None
         config = dataclasses.replace(config, **plan["settings"])
-        loaded = []  # on the first process alone; in eval mode, where no layer adds noise
+        loaded = []  # what on_first returns would be sent to all; eval mode, so no layer adds noise
         on_first(lambda: loaded.append((model or load_model(config.model)).float().eval()))
         reason, *checked = on_first(lambda: check_model(loaded[0], pairs))
         if reason:
@@ -1121,7 +1131,8 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # no terminal's encoding ends a run
     transformers.logging.set_verbosity_error()
@@ -1133,10 +1144,9 @@ def main(argv=None):
         fail(*error.args)
     except KeyboardInterrupt:
         fail("interrupted", 130)
-    except torch.OutOfMemoryError as error:
-        fail(f"{error}; lower --micro-tokens", 1)
-    except (FloatingPointError, OSError) as error:
-        fail(f"{error}; --resume goes on after the last checkpoint, if there is one", 1)
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+        remedy = "lower --micro-tokens if it is memory; --resume takes the last checkpoint, if any"
+        fail(f"{error}; {remedy}", 1)
 
 
 if __name__ == "__main__":

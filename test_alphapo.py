@@ -178,7 +178,8 @@ def write_rows(rows, name="pairs.jsonl"):
 def results(run):
     log = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
     log = [{name: x for name, x in line.items() if "seconds" not in name} for line in log]
-    return log, Path(run, "model.safetensors").read_bytes()
+    generation = Path(run, "generation_config.json").read_text()
+    return log, generation, Path(run, "model.safetensors").read_bytes()
 
 
 # -------------------------------------------------------------------- rows and log-probabilities
@@ -539,7 +540,10 @@ def test_steps_are_clipped_adamw_along_the_gradients_of_their_pairs():
 def test_sharded_weights_are_plain_to_the_bit_and_those_of_two_processes_to_rounding():
     """The fourth batch has one pair, and an evaluation three: too few for two processes."""
     few = dict(data=write_rows(EVAL[:16]), eval_data=write_rows(EVAL[16:19], "eval.jsonl"))
-    few |= dict(eval_every=1, save_every=2, micro_tokens=200)
+    shutil.copytree(TINY, "model", ignore=shutil.ignore_patterns("*.jsonl", "*.py"))
+    stops = dict(do_sample=True, top_p=0.9, eos_token_id=[2, 3])  # which config.json does not know
+    Path("model/generation_config.json").write_text(json.dumps(stops))
+    few |= dict(model="model", eval_every=1, save_every=2, micro_tokens=200)
     half = few | dict(dtype="bfloat16", max_steps=2)
     jobs = {name: few | dict(offload=name) for name in ("false", "keep", "layers")}
     jobs |= {f"half {name}": half | dict(offload=name) for name in ("keep", "layers")}
@@ -569,8 +573,10 @@ def test_sharded_weights_are_plain_to_the_bit_and_those_of_two_processes_to_roun
     assert results("resumed") == results("keep")
     for name in (*jobs, "by one"):
         one, tolerance = ("one half", 3e-2) if "half" in name else ("one", 1e-5)
-        for ours, want in zip(results(name)[0], results(one)[0], strict=True):
-            assert ours == pytest.approx(want, rel=tolerance, abs=tolerance), name
+        (ours, generation, _), (wanted, own, _) = results(name), results(one)
+        assert generation == own and "top_p" in own
+        for metrics, want in zip(ours, wanted, strict=True):
+            assert metrics == pytest.approx(want, rel=tolerance, abs=tolerance), name
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(stopped):
@@ -642,10 +648,11 @@ def test_gpu_runs_in_bfloat16_do_what_the_cpu_does_in_float32(offload):
 CONFIG = json.loads((TINY / "config.json").read_text())
 # fmt: off
 BAD_INPUT = [  # words of the line; bad flags, config, row, or template, which loses these words
-    ("nowhere.jsonl", "--data nowhere.jsonl"), ("rehearsal", "--alpha 1e5"), ("--gama", "--gama 1"),
+    ("nowhere", "--data nowhere.jsonl --out link"), ("rehearsal", "--alpha 1e5"),
     ("mistral-7b-instruct", "--model mistral-7b-instuct"), ("--epochs 1.5", "--epochs 1.5"),
-    ("--beta -2", "--beta -2"), ("adapter", "--model adapter"), ("safetensors", "--model pointer"),
-    ("--out full: is not empty", "--out full"), ("--resume: out has no", "--resume"),
+    ("--gama", "--gama 1"), ("--beta -2", "--beta -2"), ("adapter", "--model adapter"),
+    ("safetensors", "--model pointer"), ("--out full: is not empty", "--out full"),
+    ("--resume: out has no", "--resume"), ("'history'", [BOTH | {"history": [BRIEF]}]),
     ("missing", dict(num_hidden_layers=5)), ("unexpected", dict(num_hidden_layers=3)),
     ("mismatched", dict(intermediate_size=392)), ("-length 16", dict(max_position_embeddings=16)),
     ("quantized", dict(quantization_config=dict(quant_method="fp8"))),
@@ -668,6 +675,8 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_written(words, bad, c
     for name in ("model", "adapter", "pointer", "full"):
         shutil.copytree(TINY, name, ignore=shutil.ignore_patterns("*.jsonl", "*.py"))
     Path("adapter/adapter_config.json").write_text("{}")
+    Path("empty").mkdir()
+    Path("link").symlink_to("empty")
     Path("pointer/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     thinks = {"chosen": [FOX[0] | {"content": THOUGHT + "fox"}], "rejected": OWL}
     write_rows(bad if isinstance(bad, list) else [{"prompt": [BRIEF, USER]} | thinks])
