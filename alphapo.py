@@ -957,12 +957,19 @@ def rehearse(model, optimizer, pairs, checked, loss_fn, config):
     optimizer.zero_grad()
 
 
-def evaluate(model, pairs, loss_fn, config, log, step):
-    """The METRICS of held-out pairs, named eval_, also as a line of the log. FSDP may keep what it
-    gathered until the next backward pass; no weights change before one."""
+def write_metrics(config, step, metrics):
+    """Append a line to metrics.jsonl. A run that fails before its first line leaves no file."""
+    if RANK == 0:
+        with open(Path(config.out, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
+
+
+def evaluate(model, pairs, loss_fn, config, step):
+    """The METRICS of held-out pairs, named eval_ and written too. FSDP may keep what it gathered
+    until the next backward pass; no weights change before one."""
     means = run_pairs(model, pairs, range(len(pairs)), loss_fn, config) if pairs else {}
     means = {f"eval_{key}": value for key, value in means.items()}
-    log.write(json.dumps({"step": step} | means) + "\n")
+    write_metrics(config, step, means)
     return means
 
 
@@ -1021,8 +1028,7 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         optimizer, tensors = make_optimizer(policy)
         rehearse(policy, optimizer, pairs, checked, loss_fn, config)
         state = dict(step=0, config=dataclasses.asdict(config), made_from=made_from)
-        log = open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a", buffering=1)
-        evaluate_at = functools.partial(evaluate, policy, eval_pairs, loss_fn, config, log)
+        evaluate_at = functools.partial(evaluate, policy, eval_pairs, loss_fn, config)
         if config.resume:
             state = load_checkpoint(config, state, tensors)
         else:
@@ -1049,7 +1055,7 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
             tokens = sum(len(ids) for i in indices for ids in pairs[i][:3])
             metrics.update(learning_rate=rate, epoch=step / plan["steps_per_epoch"], tokens=tokens)
             metrics.update(pairs=len(indices), seconds=end - start, optimizer_seconds=end - middle)
-            log.write(json.dumps({"step": step} | metrics) + "\n")
+            write_metrics(config, step, metrics)
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             if config.eval_every and step % config.eval_every == 0 and step < steps:
                 evaluate_at(step)

@@ -625,6 +625,12 @@ def test_a_loss_of_your_own_that_is_not_finite_names_its_step_and_its_pair():
         places.append(pairs[batch[-1]].place)
         return losses, chosen_logps.detach(), rejected_logps.detach()
 
+    def not_on_held_out_pairs(chosen_logps, *_):
+        return chosen_logps / torch.is_grad_enabled(), chosen_logps.detach(), chosen_logps.detach()
+
+    with pytest.raises(FloatingPointError, match="not finite"):
+        alphapo.train(tiny_config(), not_on_held_out_pairs)
+    assert not os.listdir()  # so that the same command may be given again
     places = []
     with pytest.raises(FloatingPointError, match="step 3: ") as error:
         alphapo.train(tiny_config(save_every=1), loss_fn)
