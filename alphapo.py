@@ -238,7 +238,7 @@ PRESETS = {
     "tiny": dict(
         model=str(TINY), data=str(TINY / "train.jsonl"), eval_data=str(TINY / "eval.jsonl"),
         gamma=0.1, learning_rate=2e-4, batch_size=32, epochs=2, eval_every=16),
-    # AlphaPO's Table 3 (gamma / beta: 0.1, 0.3, 0.5), as TRL's index and a public note quote it
+    # AlphaPO's Table 3 (gamma / beta: 0.1, 0.3, 0.5), as a public note quotes it
     "mistral-7b-instruct": dict(
         model="mistralai/Mistral-7B-Instruct-v0.2", alpha=0.25, beta=2.5, gamma=0.25,
         data="princeton-nlp/mistral-instruct-ultrafeedback", learning_rate=7e-7),
@@ -789,7 +789,7 @@ def make_plan(config, model, pairs, eval_pairs):
     for device, gib in plan["memory"].items():
         print(f"memory of {device}: {gib:.2f} of {free_memory(device):.2f} GiB")
     if not plan["fits"] and not config.plan:
-        raise UserError("the run does not fit in memory: lower --micro-tokens, or use more GPUs")
+        raise UserError("does not fit in memory: lower --micro-tokens, or add GPUs or host memory")
     if disk > room and not config.plan and not config.resume:
         raise UserError(f"--out {config.out}: the disk has no room for {disk:.2f} GiB")
     return plan | dict(parameters=count, steps=steps, steps_per_epoch=steps_per_epoch)

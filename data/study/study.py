@@ -5,7 +5,7 @@
     python data/study/study.py --quick                        # a few short runs: a minute
     python data/study/study.py figures                        # draw and tabulate the kept runs
     python data/study/study.py plot RUN... --out curves.png   # curves of runs of your own
-    python data/study/study.py real MODEL                     # a real model, 2.5 hours
+    python data/study/study.py real MODEL                     # a real model, 3 hours
     python data/study/study.py displacement MODEL PAIRS.jsonl # a real model on given pairs
 
 The map trains every method at every cell of a grid. The tuned comparison takes each method's best
