@@ -11,6 +11,7 @@
 
 What stands after -- goes to alphapo.py. --trl alternates with TRL's CPOTrainer at micro-batches of
 1, 2 and 4 pairs and compares with the best of them; it needs: pip install trl accelerate
+Ours is the time of the steps, after a rehearsal; TRL's that of trainer.train(), all of it.
 --gpu-day takes transformers from wheels in .whl/ where the installed one is older than 5.22.
 
 TFLOP/s count the work that is needed: each prompt once, and nothing that is computed again.
