@@ -577,22 +577,26 @@ def test_sharded_weights_are_plain_to_the_bit_and_those_of_two_processes_to_roun
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(stopped):
     out, kills = Path("killed").absolute(), 20 if os.environ.get("ALPHAPO_SLOW") else 6
+    resumed = False
     for kill in range(kills + 1):
         if not alphapo.checkpoints(out):
             shutil.rmtree(out, ignore_errors=True)
         config = alphapo.Config(**stopped[0] | dict(out=out, resume=out.exists()))
         run = FORKS.Process(target=alphapo.train, args=(config,))
         run.start()
-        end = time.monotonic() + (1 + kill / 9 if kill < kills else math.inf)
-        saves = kill % 2 and (out / ".partial").exists  # every second kill is amid a save
-        while run.is_alive() and time.monotonic() < end and not (saves and saves()):
+        before, partial = alphapo.checkpoints(out), out / ".partial"
+        while run.is_alive():  # until a new checkpoint, every second time amid the save behind it
+            if kill < kills and alphapo.checkpoints(out) != before:
+                if kill % 2 == 0 or partial.exists():
+                    break
             time.sleep(0.001)
         run.kill()
         run.join()
         if run.exitcode == 0:  # the last one, or one that ended before the blow
             assert results(out) == stopped[1]
+            resumed |= config.resume
             shutil.rmtree(out)
-    assert run.exitcode == 0
+    assert run.exitcode == 0 and resumed
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
