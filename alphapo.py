@@ -205,8 +205,9 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
         table = torch.stack([value.detach().double() for value in values])  # (metrics, pairs)
         sums += table.sum(1) * (not idle)
         finite |= dict(zip(batch, losses.detach().isfinite()))
-    dist.all_reduce(sums)
-    means = dict(zip(METRICS, (sums / len(order)).tolist()))  # the only wait for the device
+    if WORLD_SIZE > 1:  # one GPU needs no communicator, which takes memory
+        dist.all_reduce(sums)
+    means = dict(zip(METRICS, (sums / len(order)).tolist()))  # waits for the device
     if not math.isfinite(means["loss"]):
         bad = [pairs[i].place for i, is_finite in finite.items() if not is_finite]
         places = [None] * WORLD_SIZE
@@ -329,7 +330,7 @@ MEDIA = "image", "images", "video", "videos", "audio"  # a text model sees nothi
 BEYOND_TEXT = "tool_calls", "function_call", "reasoning_content", "thinking", *MEDIA
 # columns that may hold a part of the prompt
 PROMPTS = "prompt", "system", "system_prompt", "question", "instruction", "input", "query"
-PROMPTS += "problem", "context", "history", "messages", "conversations", *MEDIA
+PROMPTS += "problem", "context", "history", "messages", "conversations"
 MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:.*\]\s*", re.S)
 ROLES = "system", "developer", "user", "assistant", "tool"
 # sets of token ids: those at which the model stops, and these with all special ones
@@ -374,6 +375,8 @@ def parse_example(example):
     filled = {key for key, value in example.items() if value not in (None, "", [], {})}
     asked = {key for key in filled if key.lower() in PROMPTS}
     prompt, chosen, rejected = (example.get(name) for name in ("prompt", "chosen", "rejected"))
+    if lost := filled.intersection(MEDIA):
+        raise UserError(f"{min(lost)!r} would be lost, as only text is trained; drop such rows")
     texts = [text for text in (prompt, chosen, rejected) if isinstance(text, str)]
     if any(map(MESSAGES_AS_TEXT.fullmatch, texts)):
         raise UserError("a list of messages as text: write it as a list, in JSON lines")
@@ -397,7 +400,7 @@ def parse_example(example):
     for message in [*prompt, *chosen, *rejected]:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise UserError(f"a message needs a role ({', '.join(ROLES)}): {ascii(message):.80}")
-        if lost := [key for key in BEYOND_TEXT if message.get(key)]:
+        if lost := list(filter(message.get, BEYOND_TEXT)):
             raise UserError(f"{lost[0]!r} of a message would be lost; pass rendered texts")
         if not isinstance(message.get("content"), str):
             raise UserError(f"a message needs a text as its content: {ascii(message):.80}")
@@ -449,9 +452,10 @@ def render(tokenizer, prompt, responses, options):
         lost.append("tools")
     for text, response in zip(whole, responses):
         start = len(begin.rstrip())
+        answer = bare(text[start:].removesuffix(after))
         if text[:start] != begin[:start]:
             lost.append(begin[common_prefix(begin, text) :])
-        elif not bare(text[start:].removesuffix(after)).endswith(bare(response["content"])):
+        elif not text.endswith(after) or not answer.endswith(bare(response["content"])):
             lost.append(response["content"])
     if lost:
         raise UserError(f"the chat template loses or moves {lost[0]!r:.100}; pass rendered texts")
@@ -496,8 +500,10 @@ def encode(example, tokenizer, endings, config, notes):
         encoded = [ids if ids[:1] == bos else bos + ids for ids in encoded]
     split = min(common_prefix(*encoded), len(encoded[0]) - 1, len(encoded[1]) - 1)
     prompt, chosen, rejected = encoded[0][:split], encoded[0][split:], encoded[1][split:]
-    words = [[i for i in ids if i not in endings.special] for ids in (chosen, rejected)]
-    if not prompt or not all(map(str.strip, [*responses, *map(tokenizer.decode, words)])):
+    for ids in (chosen, rejected):  # texts without a prompt leave what follows their common prefix
+        words = [i for i in ids if i not in endings.special]
+        responses.append(tokenizer.decode(words))
+    if not prompt or not all(map(str.strip, responses)):
         notes["pairs dropped, because the prompt or a response is empty"] += 1
         return None
     longest = max(len(chosen), len(rejected))
@@ -897,7 +903,8 @@ def on_first(function, *arguments):
             outcome[0] = function(*arguments)
         except Exception as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome)
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
     if outcome[1]:
         raise outcome[1]
     return outcome[0]

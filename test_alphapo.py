@@ -393,8 +393,9 @@ def test_pairs_that_cannot_teach_are_dropped_and_counted_and_some_are_held_out()
 
 # ------------------------------------------------------------------------------------ the model
 def test_the_check_refuses_tokens_that_see_later_ones_and_finds_another_window(monkeypatch):
-    with pytest.raises(UserError, match="causal"):
-        alphapo.check_model(small_model("bert"), random_pairs())
+    for name in ("bert", "roberta"):
+        with pytest.raises(UserError, match="causal"):
+            alphapo.check_model(small_model(name), random_pairs())
     model = small_model("windows of 600, mistral")
     long = random_pairs()[0]._replace(prompt=np.arange(900) % 97)  # longer than the window
     reason, pair, logps = alphapo.check_model(model, [long])
@@ -652,7 +653,7 @@ def test_gpu_runs_in_bfloat16_do_what_the_cpu_does_in_float32(offload):
 CONFIG = json.loads((TINY / "config.json").read_text())
 # fmt: off
 BAD_INPUT = [  # words of the line; bad flags, config, row, or template, which loses these words
-    ("nowhere", "--data nowhere.jsonl --out link"), ("rehearsal", "--alpha 1e5"),
+    ("nowhere.jsonl", "--data nowhere.jsonl --out link"), ("rehearsal", "--alpha 1e5"),
     ("mistral-7b-instruct", "--model mistral-7b-instuct"), ("--epochs 1.5", "--epochs 1.5"),
     ("--gama", "--gama 1"), ("--beta -2", "--beta -2"), ("adapter", "--model adapter"),
     ("safetensors", "--model pointer"), ("--out model: is not empty", "--out model"),
