@@ -27,10 +27,9 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import alphapo
-from alphapo import UserError, alphapo_loss, alphapo_reward
+from alphapo import TINY, UserError, alphapo_loss, alphapo_reward
 
 ROOT = Path(__file__).resolve().parent
-TINY = ROOT / "data" / "tiny"
 FORKS = multiprocessing.get_context("forkserver")  # each begins with alphapo imported
 FORKS.set_forkserver_preload(["alphapo"])
 multiprocessing.forkserver.ensure_running()  # now, or the import would take the time of a run
@@ -222,16 +221,20 @@ def test_a_step_is_autograd_of_the_models_own_forward_pass(name):
     values = losses, *rewards, rewards[0] - rewards[1], rewards[0] > rewards[1], *logps
     names = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen"
     metrics = dict(zip([*names.split(), "logps/rejected"], torch.stack(values).mean(1).tolist()))
-    for change in {"micro_tokens": 1}, {"plain_rows": True}, {"gradient_checkpointing": True}:
+    runs, again = [], dict(gradient_checkpointing=True)  # runs of a layer's second half
+    alphapo.layers_of(model)[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    for change in dict(plain_rows=True), dict(micro_tokens=1), dict(micro_tokens=1) | again:
         config = tiny_config(**dict(micro_tokens=90, offload="false") | change)
         model = alphapo.shard(model, None, config, pin_memory=False)
         model.zero_grad()
+        runs.clear()
         with contextlib.ExitStack() as on_exit:
             alphapo.start_processes(config, on_exit)
             found = alphapo.run_pairs(model, pairs, range(9), loss_fn, config, training=True)
         assert found == pytest.approx(metrics, rel=1e-5, abs=1e-5)
         found = {key: param.grad for key, param in model.named_parameters()}
         assert_close(found, grads, rtol=1e-4, atol=1e-5)
+    assert len(runs) == 2 * 9  # each of nine pairs: forward, and again before its backward pass
 
 
 # ------------------------------------------------------------------------------------ settings
@@ -283,6 +286,9 @@ def test_every_shape_of_row_and_every_kind_of_file_gives_the_same_tokens():
     datasets.Dataset.from_list([TEXT] * 3).to_parquet("pairs.parquet")
     for name in ("lines.json", "list.json", "pairs.parquet"):
         assert load(name) == ([SAME] * 3, {})
+    write_rows([{"prompt": "Is <|im_end|> a token?", "chosen": FOX, "rejected": OWL}])
+    (pair,) = alphapo.load_data(tiny_config(data="pairs.jsonl"))[1]
+    assert pair.prompt.tolist().count(2) == 2  # it is, as at inference
 
 
 def chat(begin, turn, start, answer, end=""):
@@ -317,9 +323,11 @@ TEMPLATES = {  # small likenesses, and what is learnt of an answer: to the end o
     "Qwen3": (QWEN3, THOUGHT + "fox<|im_end|>"),
     "Qwen3, not thinking": (QWEN3, "fox<|im_end|>"),
     "Zephyr": (chat("", "<|ROLE|>\nTEXT</s>\n", "<|assistant|>\n", "TEXT</s>\n"), "fox</s>"),
+    "a tab where an answer is asked for": (chat("", "<|ROLE|>TEXT<|end|>",
+        "<|assistant|>{{ '\t' if not loop }}", "TEXT<|end|>"), "fox<|end|>"),
     "gpt-oss": (chat("", "<|start|>ROLE<|message|>TEXT<|end|>", "<|start|>assistant",
         "<|channel|>final<|message|>TEXT<|return|>"), "<|channel|>final<|message|>fox<|return|>"),
-    "Command-R7B": (chat("", "<|START|><|ROLE|>TEXT<|STOP|>", "<|START|><|assistant|>",
+    "Command-R7B": (chat("{{ tools }}", "<|START|><|ROLE|>TEXT<|STOP|>", "<|START|><|assistant|>",
         "<|RESPONSE|>TEXT<|END|><|STOP|>"), "<|RESPONSE|>fox<|END|><|STOP|>"),
 }
 # fmt: on
@@ -333,15 +341,18 @@ def test_the_tokens_of_a_template(name):
     tokenizer.chat_template = template
     tokenizer.save_pretrained("model")
     stops = [0, tokenizer.convert_tokens_to_ids(re.findall(r"<[^<]*>", learnt)[-1])]
+    stops = stops[: 1 if name == "Zephyr" else 2]  # then a special token is where a turn ends
     Path("model/generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     prompt = [USER] if name in ("Mistral v0.2", "Qwen2.5") else [BRIEF, USER]
     answer = [FOX[0] | {"content": "<think>\nA fox.</think>\n\nfox"}] if name == "Qwen3" else FOX
     options = {"enable_thinking": "not" not in name, "no_think": "<think>\n\n</think>\n\n"}
+    tools = [{"name": "hunt"}] if "tools" in template else None
     row = {"prompt": prompt, "chosen": answer, "rejected": OWL, "chat_template_kwargs": options}
+    row["tools"] = json.dumps(tools)
     [(prompt_text, chosen, rejected)], _ = load(write_rows([row]), model="model")
     assert chosen == learnt and rejected == learnt.replace(THOUGHT, "").replace("fox", "owl")
-    options |= {"tokenize": False, "add_generation_prompt": True}
-    assert prompt_text == tokenizer.apply_chat_template(prompt, **options)
+    options |= {"tokenize": False, "add_generation_prompt": True, "tools": tools}
+    assert prompt_text == tokenizer.apply_chat_template(prompt, **options).removesuffix("\t")
 
 
 def test_a_response_and_what_follows_it_are_tokenized_together():
@@ -373,12 +384,6 @@ def test_texts_are_tokenized_whole_begin_with_one_bos_end_with_eos_and_are_cut_w
     assert texts == list(cases.values()) and sorted(notes.values()) == [1, 1]  # both are counted
 
 
-def test_the_text_of_a_special_token_in_a_message_becomes_that_token():
-    row = {"prompt": "Is <|im_end|> a token?", "chosen": FOX, "rejected": OWL}
-    (pair,) = alphapo.load_data(tiny_config(data=write_rows([row])))[1]
-    assert pair.prompt.tolist().count(2) == 2
-
-
 def test_pairs_that_cannot_teach_are_dropped_and_counted_and_some_are_held_out():
     text = {"prompt": "Write a word: un", "chosen": "happy", "rejected": "done"}
     changes = {"chosen": ""}, {"chosen": " \n"}, {"rejected": ""}, {"rejected": "<|im_end|>"}
@@ -392,10 +397,13 @@ def test_pairs_that_cannot_teach_are_dropped_and_counted_and_some_are_held_out()
 
 
 # ------------------------------------------------------------------------------------ the model
-def test_the_check_refuses_tokens_that_see_later_ones_and_finds_another_window(monkeypatch):
-    for name in ("bert", "roberta"):
-        with pytest.raises(UserError, match="causal"):
-            alphapo.check_model(small_model(name), random_pairs())
+def test_the_check_refuses_what_is_not_causal_or_not_finite_and_finds_another_window(monkeypatch):
+    broken = small_model("llama")
+    broken.lm_head.weight.data[7] = math.inf
+    models = {small_model("bert"): "causal", small_model("roberta"): "causal", broken: "not finite"}
+    for model, words in models.items():
+        with pytest.raises(UserError, match=words):
+            alphapo.check_model(model, random_pairs())
     model = small_model("windows of 600, mistral")
     long = random_pairs()[0]._replace(prompt=np.arange(900) % 97)  # longer than the window
     reason, pair, logps = alphapo.check_model(model, [long])
@@ -434,6 +442,25 @@ def test_a_plan_is_printed_and_writes_nothing(capsys):
     assert alphapo.train(tiny_config(plan=True)) is None
     assert "294 pairs" in (said := capsys.readouterr().out) and "--offload false" in said
     assert not os.listdir()
+
+
+def test_a_run_without_room_is_refused_and_so_is_one_that_computes_with_other_weights(monkeypatch):
+    full, own = SimpleNamespace(free=1), alphapo.shard
+
+    def lose_a_weight(whole, *args):
+        torch.nn.init.zeros_(whole.get_input_embeddings().weight)
+        return own(whole, *args)
+
+    faults = {
+        "in memory": (alphapo, "free_memory", lambda _: 0.1),
+        "log-probabilities": (alphapo, "shard", lose_a_weight),
+        "disk": (shutil, "disk_usage", lambda _: full),
+    }
+    for words, fault in faults.items():
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=words):
+            patch.setattr(*fault)
+            alphapo.train(tiny_config())
+        assert not os.listdir()
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -512,10 +539,11 @@ def test_the_file_alone_in_an_empty_folder_makes_the_tiny_model_better_in_ten_st
 
 
 def test_steps_are_clipped_adamw_along_the_gradients_of_their_pairs_epoch_by_epoch():
+    shutil.copytree(TINY, "model", ignore=shutil.ignore_patterns("*.safetensors"))
     few = dict(data=write_rows(EVAL[:8]), eval_split=0, max_steps=3, save_every=3)
-    config = tiny_config(**few, learning_rate=1e-3, max_grad_norm=0.5)
-    alphapo.train(config)
-    pairs, model = alphapo.load_data(config)[1], alphapo.load_model(str(TINY))
+    config = tiny_config(model="model", **few, learning_rate=1e-3, max_grad_norm=0.5)
+    alphapo.train(config, model=alphapo.load_model(TINY))
+    pairs, model = alphapo.load_data(config)[1], alphapo.load_model(TINY)
     first, second = (np.random.default_rng([config.seed, epoch]).permutation(8) for epoch in (0, 1))
     optimizer, (log, *_) = torch.optim.AdamW(model.parameters(), weight_decay=0.0), results("out")
     steps = (first[:5], 5e-4), (first[5:], 1e-3), (second[:5], 5e-4)  # a warm-up, then a cosine
@@ -545,17 +573,23 @@ def test_sharded_weights_are_plain_to_the_bit_and_those_of_two_processes_to_roun
     half = few | dict(dtype="bfloat16", max_steps=2)
     jobs = {name: few | dict(offload=name) for name in ("false", "keep", "layers")}
     jobs |= {f"half {name}": half | dict(offload=name) for name in ("keep", "layers")}
-    jobs["resumed"] = few | dict(offload="keep", resume=True)
+    jobs |= {"resumed": few | dict(offload="keep", resume=True), "ended": few}
     write_rows([vars(tiny_config(out=name, **job)) for name, job in jobs.items()], "jobs.jsonl")
     Path("jobs.py").write_text("""if True:
-        import alphapo, json, shutil
+        import alphapo, contextlib, json, os, shutil, signal
+        def terminate_one(step, *_):
+            os.kill(os.getpid(), signal.SIGTERM if alphapo.RANK and step == 1 else 0)
+            return 1e-5
         alphapo.dist.init_process_group("gloo")  # for all, as a second would meet the first's keys
         for job in map(json.loads, open("jobs.jsonl")):
             for name in ("resumed", "by one") * (job["resume"] and alphapo.RANK == 0):
                 shutil.copytree("keep/checkpoint-000002", f"{name}/checkpoint-000002")
                 shutil.copy("keep/metrics.jsonl", name)
             alphapo.dist.barrier()
-            alphapo.train(alphapo.Config(**job))
+            if job["out"] == "ended":
+                alphapo.learning_rate_at = terminate_one
+            with contextlib.suppress(alphapo.UserError):  # where it was terminated
+                alphapo.train(alphapo.Config(**job))
         alphapo.main("--device cpu --data nowhere.jsonl".split())
     """)
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 jobs.py"
@@ -569,7 +603,8 @@ def test_sharded_weights_are_plain_to_the_bit_and_those_of_two_processes_to_roun
     assert 'alphapo.py", line' not in error  # and none ends in a traceback
     alphapo.train(tiny_config(out="by one", resume=True, **few))
     assert results("resumed") == results("keep")
-    for name in (*jobs, "by one"):
+    assert alphapo.checkpoints("ended") == [Path("ended/checkpoint-000002")]  # and not 4
+    for name in {*jobs, "by one"} - {"ended"}:
         one, tolerance = ("one half", 3e-2) if "half" in name else ("one", 1e-5)
         (ours, generation, _), (wanted, own, _) = results(name), results(one)
         assert generation == own and "top_p" in own
@@ -660,6 +695,7 @@ BAD_INPUT = [  # words of the line; bad flags, config, row, or template, which l
     ("--resume: out has no", "--resume"), ("'history'", [BOTH | {"history": [BRIEF]}]),
     ("missing", dict(num_hidden_layers=5)), ("unexpected", dict(num_hidden_layers=3)),
     ("mismatched", dict(intermediate_size=392)), ("-length 16", dict(max_position_embeddings=16)),
+    ("beyond the embedding", dict(vocab_size=9)),
     ("quantized", dict(quantization_config=dict(quant_method="fp8"))),
     ("'Be brief.", chat("", "{{ m.content if m.role == 'user' }}", "", "TEXT")),
     ("'Be brief.", chat("", "[INST] {{ messages[0].content if loop.last }}TEXT", "", "TEXT")),
