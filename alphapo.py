@@ -46,7 +46,6 @@ import transformers
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 TORCHRUN = os.environ if dist.is_torchelastic_launched() else {}  # a stray RANK means nothing
 RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
@@ -90,7 +89,7 @@ Pair = namedtuple("Pair", "prompt chosen rejected place", defaults=[""])
 
 
 def pair_tokens(pair, plain_rows):
-    """Tokens that the rows of a pair take, before padding."""
+    """Tokens of the rows of a pair, the shorter of two plain rows counted as the longer."""
     head, chosen, rejected = len(pair.prompt) - 1, len(pair.chosen), len(pair.rejected)
     return 2 * (head + max(chosen, rejected)) if plain_rows else head + chosen + rejected
 
@@ -104,26 +103,23 @@ def make_rows(pairs, plain_rows=False, device="cpu"):
 
     Returns input_ids, position_ids, segments (-1 is padding), (rows, width) each, and targets
     (response tokens,): what the tokens of segments 1 and 2 predict, in the order of the rows."""
-    rows = []  # each a list of (segment, first position, token ids)
-    for pair in pairs:
-        last, start = pair.prompt[-1:], len(pair.prompt) - 1  # where both responses begin
-        head = (0, 0, pair.prompt[:-1])
-        chosen = (1, start, np.append(last, pair.chosen[:-1]))
-        rejected = (2, start, np.append(last, pair.rejected[:-1]))
-        rows += [[head, chosen], [head, rejected]] if plain_rows else [[head, chosen, rejected]]
-    width = max(sum(len(ids) for *_, ids in row) for row in rows)
-    width = math.ceil(width / 8) * 8  # on CUDA, attention copies a mask of any other width
-    input_ids, position_ids = np.zeros((2, len(rows), width), np.int64)
-    segments = np.full((len(rows), width), -1)
-    for r, row in enumerate(rows):
-        end = 0
-        for segment, first, ids in row:
-            start, end = end, end + len(ids)
-            input_ids[r, start:end], segments[r, start:end] = ids, segment
-            position_ids[r, start:end] = np.arange(first, first + len(ids))
+    rows = []  # (3, tokens) each: ids, positions, segments
+    for prompt, chosen, rejected, _ in pairs:
+        start, sides = len(prompt) - 1, []  # the position at which both responses begin
+        for segment, response in ((1, chosen), (2, rejected)):
+            ids = np.append(prompt, response[:-1])
+            positions = np.arange(len(ids))
+            sides.append(np.stack([ids, positions, segment * (positions >= start)]))
+        rows += sides if plain_rows else [np.hstack([sides[0], sides[1][:, start:]])]
+    # on CUDA, attention copies a mask whose width is no multiple of 8
+    width = math.ceil(max(row.shape[1] for row in rows) / 8) * 8
+    table = np.zeros((3, len(rows), width), np.int64)
+    table[2] = -1
+    for number, row in enumerate(rows):
+        table[:, number, : row.shape[1]] = row
     responses = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
     targets = np.concatenate(responses).astype(np.int64)
-    return [torch.from_numpy(x).to(device) for x in (input_ids, position_ids, segments, targets)]
+    return [torch.from_numpy(x).to(device) for x in (*table, targets)]
 
 
 def attention_masks(config, position_ids, segments, dtype):
@@ -136,9 +132,9 @@ def attention_masks(config, position_ids, segments, dtype):
     window = getattr(config, "sliding_window", None) or math.inf
     windows = {"full_attention": math.inf, "sliding_attention": window}
     kinds = getattr(config, "layer_types", None)
-    # additive, as eager attention adds it; finite wherever FSDP casts it: -inf gives NaN
+    # additive, as eager attention adds it; float32's lowest would be -inf once FSDP casts it: NaN
     lowest, masks = torch.finfo(torch.bfloat16).min, {}
-    for kind in set(kinds or ["sliding_attention"]):
+    for kind in set(kinds or ["sliding_attention"]):  # without kinds, all layers are as Mistral's
         hidden = ~seen | (distance >= windows[kind])
         masks[kind] = torch.zeros_like(seen, dtype=dtype).masked_fill_(hidden, lowest)[:, None]
     return masks if kinds else masks["sliding_attention"]
@@ -180,39 +176,35 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
     """Mean METRICS of the pairs at these indices; in training, the gradient of their mean loss too.
     Each loss is divided by the number of all pairs, so micro-batches and processes do not matter.
     Raises FloatingPointError, which names pairs, where a loss is not finite."""
-    tokens = {i: pair_tokens(pairs[i], config.plain_rows) for i in indices}
-    order = sorted(indices, key=tokens.get, reverse=True)
+    tokens = [pair_tokens(pairs[i], config.plain_rows) for i in indices]
+    order = sorted(range(len(indices)), key=tokens.__getitem__, reverse=True)
     shares = [order[rank::WORLD_SIZE] for rank in range(WORLD_SIZE)]
     splits = [micro_batches(share, tokens, config.micro_tokens) for share in shares]
-    passes = max(map(len, splits))  # as many on every process, because in each FSDP waits for all
-    sums = torch.zeros(len(METRICS), dtype=torch.float64, device=config.device)
-    finite = {}  # whether the loss of each index that is run here is
+    passes = max(map(len, splits))  # of every process, because in each FSDP waits for all of them
+    table = torch.zeros(len(METRICS), len(indices), dtype=torch.float64, device=config.device)
     for number in range(passes):
         idle = number >= len(splits[RANK])  # then any pair, times zero, as other processes go on
-        batch = order[:1] if idle else splits[RANK][number]
+        columns = order[:1] if idle else splits[RANK][number]
+        batch = [indices[column] for column in columns]
         if training and config.offload == "keep":  # weights and sums stay on the device for a step
             model.set_requires_gradient_sync(number == passes - 1)
             model.set_reshard_after_backward(number == passes - 1)
         with torch.set_grad_enabled(training):
-            here = [pairs[i] for i in batch]
-            logps = pair_logps(model, here, config.plain_rows, config.device)
+            logps = pair_logps(model, [pairs[i] for i in batch], config.plain_rows, config.device)
             losses, chosen_rewards, rejected_rewards = loss_fn(*logps, pairs, batch)
         if training:
-            (losses.sum() * (not idle) / len(order)).backward()
+            (losses.sum() * (not idle) / len(indices)).backward()
         margins = chosen_rewards - rejected_rewards
         # in the order of METRICS
         values = losses, chosen_rewards, rejected_rewards, margins, margins > 0, *logps
-        table = torch.stack([value.detach().double() for value in values])  # (metrics, pairs)
-        sums += table.sum(1) * (not idle)
-        finite |= dict(zip(batch, losses.detach().isfinite()))
+        if not idle:
+            table[:, columns] = torch.stack([value.detach().double() for value in values])
     if WORLD_SIZE > 1:  # one GPU needs no communicator, which takes memory
-        dist.all_reduce(sums)
-    means = dict(zip(METRICS, (sums / len(order)).tolist()))  # waits for the device
+        dist.all_reduce(table)  # each process filled its own columns
+    means = dict(zip(METRICS, table.mean(1).tolist()))  # waits for the device
     if not math.isfinite(means["loss"]):
-        bad = [pairs[i].place for i, is_finite in finite.items() if not is_finite]
-        places = [None] * WORLD_SIZE
-        dist.all_gather_object(places, bad)
-        raise FloatingPointError(f"the loss is not finite, at {sorted(set(sum(places, [])))[:10]}")
+        bad = {pairs[i].place for i, loss in zip(indices, table[0]) if not loss.isfinite()}
+        raise FloatingPointError(f"the loss is not finite, at {sorted(bad)[:10]}")
     return means
 
 
@@ -236,19 +228,15 @@ def user_error(what, remedy):
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 # fmt: off
 PRESETS = {
-    "tiny": dict(
-        model=str(TINY), data=str(TINY / "train.jsonl"), eval_data=str(TINY / "eval.jsonl"),
+    "tiny": dict(model=str(TINY), data=f"{TINY}/train.jsonl", eval_data=f"{TINY}/eval.jsonl",
         gamma=0.1, learning_rate=2e-4, batch_size=32, epochs=2, eval_every=16),
     # AlphaPO's Table 3 (gamma / beta: 0.1, 0.3, 0.5), as a public note quotes it
-    "mistral-7b-instruct": dict(
-        model="mistralai/Mistral-7B-Instruct-v0.2", alpha=0.25, beta=2.5, gamma=0.25,
-        data="princeton-nlp/mistral-instruct-ultrafeedback", learning_rate=7e-7),
-    "llama-3-8b-instruct": dict(
-        model="meta-llama/Meta-Llama-3-8B-Instruct", alpha=0.25, beta=10.0, gamma=3.0,
-        data="princeton-nlp/llama3-ultrafeedback-armorm", learning_rate=1.1e-6),
-    "gemma-2-9b-it": dict(
-        model="google/gemma-2-9b-it", alpha=0.1, beta=10.0, gamma=5.0,
-        data="princeton-nlp/gemma2-ultrafeedback-armorm", learning_rate=8e-7),
+    "mistral-7b-instruct": dict(model="mistralai/Mistral-7B-Instruct-v0.2", learning_rate=7e-7,
+        data="princeton-nlp/mistral-instruct-ultrafeedback", alpha=0.25, beta=2.5, gamma=0.25),
+    "llama-3-8b-instruct": dict(model="meta-llama/Meta-Llama-3-8B-Instruct", learning_rate=1.1e-6,
+        data="princeton-nlp/llama3-ultrafeedback-armorm", alpha=0.25, beta=10.0, gamma=3.0),
+    "gemma-2-9b-it": dict(model="google/gemma-2-9b-it", learning_rate=8e-7,
+        data="princeton-nlp/gemma2-ultrafeedback-armorm", alpha=0.1, beta=10.0, gamma=5.0),
 }
 
 
@@ -292,28 +280,25 @@ class Config:
 # fmt: on
 
 
-def convert(value, kind, allowed):
-    """A setting in its own type, or ValueError. By way of text: int(1.5) is 1, bool("no") True."""
-    allowed = ("true", "false") if kind is bool else allowed
-    text = str(value).lower() if allowed else str(value)  # words in any case, names as they are
-    text.encode()  # a name that is not UTF-8 would fail when the model is saved
-    if kind in (bool, str) and allowed and text not in allowed:
-        raise ValueError(f"not {' or '.join(allowed)}")
-    value = text == "true" if kind is bool else kind(text)
-    if kind in (int, float) and not allowed[0] <= value <= allowed[1]:
-        raise ValueError(f"not from {allowed[0]:g} to {allowed[1]:g}")
-    return value
-
-
 def resolve(config: Config) -> Config:
-    """A config of the right types, with what depends on the machine filled in, or UserError."""
+    """A config of the right types, with what depends on the machine filled in, or UserError. Types
+    are read from text, because int(1.5) would be 1, and bool("no") True."""
     config = dataclasses.replace(config)
     for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
+        value, allowed = getattr(config, field.name), field.metadata["allowed"]
+        if value is None and field.default is None:
+            continue
         kind = getattr(field.type, "__args__", [field.type])[0]  # int of int | None
-        if value is not None or field.default is not None:
-            with user_error(f"--{field.name.replace('_', '-')} {value}", "see --help"):
-                setattr(config, field.name, convert(value, kind, field.metadata["allowed"]))
+        words = ("true", "false") if kind is bool else allowed if kind is str else ()
+        with user_error(f"--{field.name.replace('_', '-')} {value}", "see --help"):
+            text = str(value).lower() if words else str(value)
+            text.encode()  # a name that is not UTF-8 would fail when the model is saved
+            if words and text not in words:
+                raise ValueError(f"not {' or '.join(words)}")
+            value = text == "true" if kind is bool else kind(text)
+            if kind in (int, float) and not allowed[0] <= value <= allowed[1]:
+                raise ValueError(f"not from {allowed[0]:g} to {allowed[1]:g}")
+            setattr(config, field.name, value)
     if config.data is None:
         raise UserError("--data is missing: name a file of pairs, or a preset as --model (--help)")
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
@@ -346,25 +331,20 @@ def load_pretrained(kind, name, **options):
 
 
 def read_examples(name):
-    """Yield (NAME:NUMBER, example) of a file or hub data set: a row, or a line of JSON."""
+    """The examples of a file or hub data set: rows, or lines of JSON in bytes."""
     kind = Path(name).suffix.lower()
     if kind in (".json", ".jsonl"):  # a list of rows, or one a line, whatever the file is called
         content = Path(name).read_bytes().removeprefix(b"\xef\xbb\xbf")
         is_list = content.lstrip().startswith(b"[")
-        examples = json.loads(content) if is_list else content.split(b"\n")
-    else:
-        import datasets  # here, because it takes seconds
+        return json.loads(content) if is_list else map(bytes.strip, content.split(b"\n"))
+    import datasets  # here, because it takes seconds
 
-        if kind == ".parquet":
-            examples = datasets.Dataset.from_parquet(name)
-        elif os.path.isfile(name):  # the hub would be asked for it, again and again
-            raise ValueError(f"files {kind} are not read")
-        else:
-            repository, _, split = name.partition(":")
-            examples = datasets.load_dataset(repository, split=split or "train")
-    for number, example in enumerate(examples, 1):
-        if not isinstance(example, bytes) or example.strip():  # an empty line is no row
-            yield f"{name}:{number}", example
+    if kind == ".parquet":
+        return datasets.Dataset.from_parquet(name)
+    if os.path.isfile(name):  # the hub would be asked for it, again and again
+        raise ValueError(f"files {kind} are not read")
+    repository, _, split = name.partition(":")
+    return datasets.load_dataset(repository, split=split or "train")
 
 
 def parse_example(example):
@@ -377,26 +357,22 @@ def parse_example(example):
     prompt, chosen, rejected = (example.get(name) for name in ("prompt", "chosen", "rejected"))
     if lost := filled.intersection(MEDIA):
         raise UserError(f"{min(lost)!r} would be lost, as only text is trained; drop such rows")
-    texts = [text for text in (prompt, chosen, rejected) if isinstance(text, str)]
-    if any(map(MESSAGES_AS_TEXT.fullmatch, texts)):
+    if any(MESSAGES_AS_TEXT.fullmatch(x) for x in (prompt, chosen, rejected) if isinstance(x, str)):
         raise UserError("a list of messages as text: write it as a list, in JSON lines")
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
         # {"prompt": "2+2=", "chosen": "4", "rejected": "5"}, or the same without a prompt
         asked |= filled.intersection(["tools", "chat_template_kwargs"])  # which need messages
-        for name in sorted(asked):
-            if str(example[name]) not in (prompt or ""):
-                raise UserError(f"{name!r} would be lost: put it into the prompt, or drop it")
+        if lost := [name for name in asked if str(example[name]) not in (prompt or "")]:
+            raise UserError(f"{min(lost)!r} would be lost: put it into the prompt, or drop it")
         repeated = prompt and chosen.startswith(prompt) and rejected.startswith(prompt)
         start = len(prompt) if repeated and len(prompt) >= 20 else 0  # a short "a" begins "apple"
         return prompt, chosen[start:], rejected[start:], {}
-    lists = isinstance(chosen, list) and isinstance(rejected, list)
-    if not lists or not isinstance(prompt, list | str | None):
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
         types = {key: type(example[key]).__name__ for key in sorted(filled)}
         raise UserError(f"needs 'chosen' and 'rejected', both texts or both lists, not {types!a}")
-    if isinstance(prompt, str) and len(chosen) == 1:  # "Hi", [assistant], [assistant]
-        prompt = [dict(role="user", content=prompt)]
-    elif isinstance(prompt, str | None):  # [user, assistant] twice; UltraFeedback has a text too
-        prompt = chosen[:-1]
+    if not isinstance(prompt, list):  # "Hi" with [assistant] twice, or [user, assistant] twice
+        question = [] if prompt is None else [dict(role="user", content=prompt)]
+        prompt = chosen[:-1] or question  # a text beside [user, assistant] is checked below
     for message in [*prompt, *chosen, *rejected]:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise UserError(f"a message needs a role ({', '.join(ROLES)}): {ascii(message):.80}")
@@ -404,11 +380,10 @@ def parse_example(example):
             raise UserError(f"{lost[0]!r} of a message would be lost; pass rendered texts")
         if not isinstance(message.get("content"), str):
             raise UserError(f"a message needs a text as its content: {ascii(message):.80}")
-    said = [[(m["role"], m["content"]) for m in side] for side in (prompt, chosen, rejected)]
-    begin, *sides = said
-    rest = [side[len(begin) :] if side[: len(begin)] == begin else side for side in sides]
-    roles = [role for side in rest for role, _ in side]
-    if not prompt or prompt[-1]["role"] == "assistant" or roles != ["assistant", "assistant"]:
+    head, *sides = ([(m["role"], m["content"]) for m in x] for x in (prompt, chosen, rejected))
+    rest = [side[len(head) :] if side[: len(head)] == head else side for side in sides]
+    roles = [[role for role, _ in side] for side in rest]
+    if not prompt or prompt[-1]["role"] == "assistant" or roles != [["assistant"]] * 2:
         raise UserError(f"needs one prompt, then one assistant message each; responses are {roles}")
     there = [*prompt, *chosen, *rejected, *(message["content"] for message in prompt)]
     for name in sorted(asked):
@@ -416,9 +391,9 @@ def parse_example(example):
         if not all(part in there for part in parts):
             raise UserError(f"{name!r} would be lost: make it a message of the prompt, or drop it")
     options = example.get("chat_template_kwargs") or {}
-    options = {key: value for key, value in options.items() if value is not None}  # of Parquet
-    if "tools" in filled:
-        tools = example["tools"]
+    # Parquet fills in None
+    options = {key: value for key, value in options.items() if value is not None}
+    if tools := example.get("tools"):
         options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
     return prompt, chosen[-1], rejected[-1], options
 
@@ -466,18 +441,16 @@ def tokenize(tokenizer, endings, text, after):
     """Token ids of prompt and response up to the end of its turn: the first token after the
     response at which the model stops, else the first special one, else EOS, if there is one.
     after: the text behind the response, or None in a text, which may hold that end itself."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    kept = list(ids)
-    if after is None and endings.special.intersection(ids):
-        while kept and (kept[-1] in endings.special or not tokenizer.decode(kept[-1]).strip()):
-            kept.pop()
-    elif after:
+    ids = kept = tokenizer.encode(text, add_special_tokens=False)
+    if after is not None:
         kept = tokenizer.encode(text.removesuffix(after), add_special_tokens=False)
-    end = common_prefix(kept, ids)  # before what is kept, where tokens merge with those behind
-    for kind in (endings.stops, endings.special):
-        for i in range(end, len(ids)):
-            if ids[i] in kind:
-                return ids[: i + 1]
+    elif endings.special.intersection(ids):  # the end that it holds comes off, and is found again
+        while kept and (kept[-1] in endings.special or not tokenizer.decode(kept[-1]).strip()):
+            kept = kept[:-1]
+    start = common_prefix(kept, ids)  # a token less than kept, where its last one merges with after
+    ends = [i for kind in endings for i in range(start, len(ids)) if ids[i] in kind]  # stops first
+    if ends:
+        return ids[: ends[0] + 1]
     return kept if tokenizer.eos_token_id is None else [*kept, tokenizer.eos_token_id]
 
 
@@ -500,9 +473,8 @@ def encode(example, tokenizer, endings, config, notes):
         encoded = [ids if ids[:1] == bos else bos + ids for ids in encoded]
     split = min(common_prefix(*encoded), len(encoded[0]) - 1, len(encoded[1]) - 1)
     prompt, chosen, rejected = encoded[0][:split], encoded[0][split:], encoded[1][split:]
-    for ids in (chosen, rejected):  # texts without a prompt leave what follows their common prefix
-        words = [i for i in ids if i not in endings.special]
-        responses.append(tokenizer.decode(words))
+    words = [[i for i in ids if i not in endings.special] for ids in (chosen, rejected)]
+    responses += map(tokenizer.decode, words)  # of texts without a prompt, what is not in common
     if not prompt or not all(map(str.strip, responses)):
         notes["pairs dropped, because the prompt or a response is empty"] += 1
         return None
@@ -513,22 +485,26 @@ def encode(example, tokenizer, endings, config, notes):
         head = bos if prompt[:1] == bos else []
         prompt = head + prompt[len(prompt) - most + len(head) :]
     room = config.max_length - len(prompt)
-    notes["pairs with a response truncated"] += longest > room
+    if longest > room:
+        notes["pairs with a response truncated"] += 1
     if chosen[:room] == rejected[:room]:
         notes["pairs dropped, because the responses are equal"] += 1
         return None
     return [np.array(ids, np.int32) for ids in (prompt, chosen[:room], rejected[:room])]
 
 
-def load_pairs(name, tokenizer, endings, config):
-    """(list of Pair, Counter of what was dropped or cut, SHA-256 of the rows as they were read), or
-    UserError with the reasons for which rows are refused."""
-    pairs, notes, refused, digest = [], Counter(), {}, hashlib.sha256()
+def load_pairs(name, tokenizer, endings, config, notes, digest):
+    """A list of Pair, or UserError with the reasons for which rows are refused. notes: counts what
+    was dropped or cut. digest: takes in rows as they were read, as a template may add a date."""
+    pairs, refused = [], {}
     with user_error(f"{name}: not loaded", "name a .jsonl, .json or .parquet file, or a hub id"):
-        for place, example in tqdm(read_examples(name), name, leave=False, disable=None):
+        for n, example in tqdm(enumerate(read_examples(name), 1), name, leave=False, disable=None):
+            if example == b"":  # an empty line is no row
+                continue
+            place = f"{name}:{n}"
             try:
                 example = json.loads(example) if isinstance(example, bytes) else example
-                digest.update(json.dumps(example, default=str).encode())  # templates may add a date
+                digest.update(json.dumps([n, example], default=str).encode())
                 if ids := encode(example, tokenizer, endings, config, notes):
                     pairs.append(Pair(*ids, place))
             except Exception as error:  # ours, or of JSON, of a template, or what nobody foresaw
@@ -539,52 +515,46 @@ def load_pairs(name, tokenizer, endings, config):
         lines = [f"{places[0]}: {reason} ({len(places)})" for reason, places in refused.items()]
         raise UserError("\n".join(lines[:10]))
     if not pairs:
-        raise UserError(f"{name}: has no usable pair: {dict(+notes) or 'it is empty'}")
-    return pairs, +notes, digest.hexdigest()  # + leaves out counts of zero
-
-
-def digest_of(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+        raise UserError(f"{name}: has no usable pair: {dict(notes) or 'it is empty'}")
+    return pairs
 
 
 def load_data(config):
-    """(tokenizer, pairs to train on, held-out pairs, notes, digests of what pairs come from)."""
-    tokenizer = load_pretrained(AutoTokenizer, config.model)
+    """(tokenizer, pairs to train on, held-out pairs, notes, SHA-256 of what made these pairs)."""
+    tokenizer = load_pretrained(transformers.AutoTokenizer, config.model)
     stops = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError, ValueError, TypeError):  # few models lack this file
-        eos = GenerationConfig.from_pretrained(config.model).eos_token_id
+        eos = transformers.GenerationConfig.from_pretrained(config.model).eos_token_id
         stops.update(eos if isinstance(eos, list) else [eos])
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.discard(tokenizer.unk_token_id)  # unknown words are text
     stops.discard(None)
-    endings = Endings(stops, special | stops)
-    pairs, notes, rows = load_pairs(config.data, tokenizer, endings, config)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    endings = Endings(stops, special - {tokenizer.unk_token_id} | stops)  # unknown words are text
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    source = json.dumps([rules, tokenizer.chat_template, sorted(stops)], sort_keys=True)
+    notes, digest = Counter(), hashlib.sha256(source.encode())
+    pairs = load_pairs(config.data, tokenizer, endings, config, notes, digest)
     for part, ids in zip(Pair._fields, pairs[0][:3]):  # to see what the template makes of it
         print(f"first {part:9} ... {tokenizer.decode(ids[-20:])!r}")
     pairs = [pairs[i] for i in np.random.default_rng(config.seed).permutation(len(pairs))]
     if config.eval_data:
-        eval_pairs, more, eval_rows = load_pairs(config.eval_data, tokenizer, endings, config)
-        notes += more
+        eval_pairs = load_pairs(config.eval_data, tokenizer, endings, config, notes, digest)
     else:
-        count, eval_rows = math.ceil(config.eval_split * (len(pairs) - 1)), None
+        count = math.ceil(config.eval_split * (len(pairs) - 1))  # one is left to train on
         eval_pairs, pairs = pairs[:count], pairs[count:]
     print(f"{len(pairs)} pairs to train on, {len(eval_pairs)} held out")
     for what, count in notes.items():
         print(f"note: {count} {what}")
-    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-    source = digest_of([rules, tokenizer.chat_template, sorted(stops)])
-    made_from = dict(rows=rows, eval_rows=eval_rows, tokenizer=source)
-    return tokenizer, pairs, eval_pairs, notes, made_from
+    return tokenizer, pairs, eval_pairs, notes, digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------ the model
 def make_skeleton(name):
     """The model on the meta device: its modules and shapes without weights, or UserError."""
-    config = load_pretrained(AutoConfig, name)
+    config = load_pretrained(transformers.AutoConfig, name)
     if getattr(config, "quantization_config", None):
         raise UserError(f"--model {name}: is quantized; name its bfloat16 or float32 version")
     with user_error(f"--model {name}", "choose a causal language model"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def load_model(name):
@@ -594,11 +564,9 @@ def load_model(name):
         raise UserError(f"--model {name}: holds an adapter beside its weights; merge or remove it")
     options = dict(dtype=torch.float32, use_safetensors=True)
     options.update(ignore_mismatched_sizes=True, output_loading_info=True)  # refused below
-    model, report = load_pretrained(AutoModelForCausalLM, name, **options)
-    for problem, found in report.items():
-        if found:
-            found = ", ".join(sorted(map(str, found)))
-            raise UserError(f"--model {name}: {problem} {found:.200}; take all files of one model")
+    model, report = load_pretrained(transformers.AutoModelForCausalLM, name, **options)
+    if wrong := {problem: found for problem, found in report.items() if found}:
+        raise UserError(f"--model {name}: {wrong!s:.200}; take all files of one model")
     return model
 
 
@@ -611,19 +579,19 @@ def check_model(model, pairs):
     window = getattr(config, "sliding_window", None) or math.inf
     if pair_tokens(pair, plain_rows=True) / 2 < window:  # no window cuts it: a short one will do
         pair = Pair(pair.prompt[-256:], pair.chosen[:128], pair.rejected[:128])
-    ids = make_rows([pair], plain_rows=True, device=device)[0][:1, :384]  # of chosen alone
-    changed = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % config.vocab_size], 1)
+    ids = make_rows([pair], plain_rows=True, device=device)[0][:1, :384].repeat(2, 1)  # of chosen
+    ids[1, -1] = (ids[1, -1] + 1) % config.vocab_size  # a copy with another last token
     with user_error("--model", "its forward pass must take logits_to_keep, as most do"):
         plain = torch.cat(pair_logps(model, [pair], plain_rows=True, device=device)).cpu()
-        logits, others = (model(x, use_cache=False).logits[:, :-1] for x in (ids, changed))
+        logits, others = model(ids, use_cache=False).logits[:, :-1]
     if not plain.isfinite().all():
         raise UserError("--model: its log-probabilities are not finite; download the weights again")
-    if (logits - others).abs().max() > 1e-5 * logits.abs().max():
+    if (logits - others).abs().max() > 1e-5 * logits.abs().max():  # a random BERT's: 6e-4
         raise UserError("--model: its tokens see later ones; choose a causal language model")
     try:
         shared = torch.cat(pair_logps(model, [pair], device=device)).cpu()
         off = (shared - plain).abs().max() / max(1, plain.abs().max())
-        # 5e-7 where shared rows are right, 1e-3 where layers keep a state, or NaN
+        # 5e-7 where shared rows are right, 1e-3 where layers keep a state; NaN is not below 1e-4
         reason = None if off < 1e-4 else f"they are off by {off:.1e}"
     except Exception as error:  # models of other kinds raise errors of their own
         reason = repr(error)
@@ -631,7 +599,7 @@ def check_model(model, pairs):
 
 
 def layers_of(model):
-    """The decoder's layers, which have more parameters than a vision tower or a list of experts."""
+    """The decoder's layers: the list of modules with most parameters (a vision tower has fewer)."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=[])
 
@@ -642,7 +610,7 @@ def shard(whole, skeleton, config, pin_memory):
     None on the others, which receive their shards into the skeleton."""
     model = whole if WORLD_SIZE == 1 else skeleton
     on_host = config.offload != "false"
-    if config.gradient_checkpointing:  # not by training mode, which would turn dropout on
+    if config.gradient_checkpointing:  # transformers' own needs training mode, which has dropout
         recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for layer in layers_of(model):
             layer.forward = functools.partial(recompute, layer.forward)
@@ -652,23 +620,22 @@ def shard(whole, skeleton, config, pin_memory):
     options = dict(mesh=dist.init_device_mesh(config.device, (WORLD_SIZE,)), mp_policy=dtypes)
     if on_host:
         options.update(offload_policy=CPUOffloadPolicy(pin_memory=pin_memory))
+    options["reshard_after_forward"] = False if config.offload == "keep" else None  # layers alone
     for module in [*layers_of(model), model]:
-        kept = config.offload == "keep" or module is model
-        fully_shard(module, reshard_after_forward=not kept, **options)
-        module.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by all pairs
+        fully_shard(module, **options)
+        module.set_gradient_divide_factor(1.0)  # a sum, as each loss is divided by all pairs
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other (pytorch issue 190747)
     if WORLD_SIZE > 1:
-        if whole:
-            model.generation_config = whole.generation_config  # the skeleton's is made up
         model.to_empty(device="cpu" if on_host else config.device)
         weights = whole.state_dict() if whole else {}
         how = state_dicts.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         state_dicts.set_model_state_dict(model, weights, options=how)
-        for name, buffer in model.named_buffers():  # rotary tables are in no state dict
-            if whole:
-                buffer.copy_(whole.get_buffer(name))
-            dist.broadcast(buffer, 0)
-            buffer.data = buffer.to(config.device)
+        # rotary tables are in no state dict, and the skeleton's generation config is made up
+        sent = [(dict(whole.named_buffers()), whole.generation_config) if whole else None]
+        dist.broadcast_object_list(sent, device=torch.device("cpu"))
+        buffers, model.generation_config = sent[0]
+        for name, buffer in model.named_buffers():
+            buffer.data = buffers[name].to(config.device)
     return model
 
 
@@ -697,14 +664,6 @@ def free_memory(device):
     return min(sizes)
 
 
-def peak_memory(config):
-    """GiB that this process took at most, on the device that computes."""
-    if config.device == "cuda":
-        return torch.cuda.max_memory_allocated() / GIB
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
-
-
 def activation_memory(model, config, pairs):
     """GiB that a micro-batch takes beside the weights, at most. An estimate, fitted to what layers
     of Llama, Mistral and Gemma-2 keep for the backward pass."""
@@ -713,16 +672,15 @@ def activation_memory(model, config, pairs):
     tokens = min(max(config.micro_tokens, max(rows)), config.batch_size * max(rows))
     responses = max((len(p.chosen) + len(p.rejected)) / row for p, row in zip(pairs, rows))
     hidden = text.hidden_size
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    inner = max(inner) if isinstance(inner, list) else inner  # one for each layer
+    inner = int(np.max(getattr(text, "intermediate_size", None) or 4 * hidden))  # or one a layer
     layer = item * (16 * hidden + 4 * inner)  # bytes a token
     if getattr(text, "attn_logit_softcapping", None):  # then scores of every head are kept
         layer += 12 * max(rows) // (1 + config.plain_rows) * text.num_attention_heads
     kept = text.num_hidden_layers * (item * hidden if config.gradient_checkpointing else layer)
     logits = 12 * responses * text.vocab_size + 4 * item * hidden
     masks = 0 if config.plain_rows else 3 * item * max(rows)
-    backward = 1.2 * layer  # a layer's backward pass takes a fifth more than it kept
-    return tokens * (kept + max(backward, logits) + masks) / GIB
+    # a layer's backward pass takes a fifth more than it kept
+    return tokens * (kept + max(1.2 * layer, logits) + masks) / GIB
 
 
 def find_place(config, model, pairs):
@@ -746,8 +704,7 @@ def find_place(config, model, pairs):
     fast = [(False, min(4096, most)), (True, min(8192, most))]
     # layer by layer, every micro-batch moves all weights, so it is as large as memory allows
     large = [(recompute, 2**n) for n in range(15, 8, -1) for recompute in (False, True)]
-    choices = {"false": fast, "keep": fast, "layers": large if on_gpu else fast}
-    ways = [(offload, *choice) for offload in wanted for choice in choices[offload]]
+    ways = [(where, *way) for where in wanted for way in (large if where == "layers" else fast)]
     for offload, recompute, tokens in ways:
         if config.gradient_checkpointing not in (None, recompute):
             continue
@@ -762,12 +719,10 @@ def find_place(config, model, pairs):
         if fits:
             break
     sizes = [4 * p.numel() / WORLD_SIZE for p in model.parameters()]
-    blocks = sum(2 ** math.ceil(math.log2(size)) for size in sizes) / GIB
-    more = 2 * blocks - 8 * count / WORLD_SIZE  # weights and gradients in blocks
-    pinned = memory["cpu"] + LOCAL_WORLD_SIZE * more
+    more = 2 * sum(2 ** math.ceil(math.log2(size)) - size for size in sizes) / GIB
+    pinned = memory["cpu"] + LOCAL_WORLD_SIZE * more  # weights and gradients, each in a block
     pin_memory = on_gpu and offload != "false" and pinned < free_memory("cpu")
-    if pin_memory:
-        memory["cpu"] = pinned
+    memory["cpu"] = pinned if pin_memory else memory["cpu"]
     return dict(settings=settings, memory=memory, fits=fits, pin_memory=pin_memory)
 
 
@@ -783,11 +738,13 @@ def make_plan(config, model, pairs, eval_pairs):
         raise UserError(f"--model {config.model}: the tokenizer has ids beyond the embedding")
     steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
     steps = min(config.max_steps or math.inf, steps_per_epoch * config.epochs)
-    # the model takes 2 bytes a parameter, a checkpoint 12: three for a moment, or one of a signal
+    # bytes: 2 a parameter for the model, 12 for a checkpoint, of which --save-every keeps two and
+    # writes a third, and a signal writes one
     disk = (2 + (36 if config.save_every else 12)) * count / GIB
-    out, ratio = Path(config.out).absolute(), config.gamma / config.beta
+    out = Path(config.out).absolute()
     room = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / GIB
     plan = find_place(config, model, everything)
+    ratio = config.gamma / config.beta
     print(f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g} (/beta {ratio:g})")
     print(f"{count / 1e6:,.1f} M parameters in {config.dtype} on {WORLD_SIZE} x {config.device}")
     print(f"{steps} steps of {config.batch_size} pairs; disk: {disk:.2f} of {room:.2f} GiB")
@@ -802,12 +759,13 @@ def make_plan(config, model, pairs, eval_pairs):
 
 
 # ------------------------------------------------------------------------------------ checkpoints
+# what may be another when a run is resumed: rows are compared themselves, wherever they are
 MAY_CHANGE = ["data", "eval_data", "out", "learning_rate", "device", "offload", "micro_tokens"]
-MAY_CHANGE += ["gradient_checkpointing", "eval_every", "save_every", "resume"]  # when resumed
+MAY_CHANGE += ["gradient_checkpointing", "eval_every", "save_every", "resume"]
 
 
 def checkpoints(out):
-    """The folders checkpoint-STEP in out, newest first."""
+    """The folders checkpoint-STEP in out, newest first, also where a step has seven digits."""
     folders = Path(out).glob("checkpoint-*[0-9]")
     return sorted(folders, key=lambda path: (len(path.name), path.name), reverse=True)
 
@@ -818,16 +776,15 @@ def claim(config, on_exit):
     with user_error(f"--out {out}", "another run may be writing there; pass another --out"):
         if not out.exists():
             out.mkdir(parents=True)
-            on_exit.callback(lambda: None if os.listdir(out) else out.rmdir())  # leave none empty
+            # a run that writes nothing leaves no folder, so that the same command works again
+            on_exit.callback(lambda: None if os.listdir(out) else out.rmdir())
         lock = os.open(out, os.O_RDONLY)
         on_exit.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    resumable = checkpoints(out) and not (out / "summary.json").exists()
-    if config.resume and not resumable:
+    if config.resume and (not checkpoints(out) or (out / "summary.json").exists()):
         raise UserError(f"--resume: {out} has no checkpoint of an unfinished run; start a new one")
     if os.listdir(out) and not config.resume:
-        remedy = "--resume" if resumable else "pass another"
-        raise UserError(f"--out {out}: is not empty; {remedy}")
+        raise UserError(f"--out {out}: is not empty; pass another, or --resume an unfinished run")
     shutil.rmtree(out / ".partial", ignore_errors=True)  # of a run that was killed amid a save
 
 
@@ -842,7 +799,7 @@ def load_checkpoint(config, state, tensors):
         for name, value in (state["config"] | state["made_from"]).items():
             old = before.get(name, value)  # a checkpoint may be older than a setting
             if old != value and name not in MAY_CHANGE:
-                raise ValueError(f"{name} is {value}, and was {old} in that run")
+                raise ValueError(f"{name} is {value!s:.60}, and was {old!s:.60} in that run")
         named = {f"{saved['step']}.{name}": tensor for name, tensor in tensors.items()}
         # it raises where a tensor is missing or has another shape
         dcp.load(named, storage_reader=dcp.HuggingFaceStorageReader(folder))
@@ -869,7 +826,7 @@ def save_checkpoint(out, state, tensors):
         partial.rename(out / f"checkpoint-{state['step']:06}")
         for older in checkpoints(out)[2:]:
             shutil.rmtree(older)
-    dist.barrier()  # another's exit would end the first amid its save
+    dist.barrier()  # torchrun ends all when one exits, and the first may still be writing
 
 
 # ------------------------------------------------------------------------------------ training
@@ -913,18 +870,12 @@ def on_first(function, *arguments):
 def catch_signals(on_exit):
     """A list that grows by each signal from now on; the run ends after the step of the first."""
     received = []
-
-    def receive(number, frame):
-        if RANK == 0 and not received:
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nfinishing this step and saving; Ctrl-\\ quits at once\n")
-        received.append(number)
-
     with contextlib.suppress(ValueError):  # only the main thread catches signals
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                before = signal.signal(number, receive)
+                before = signal.signal(number, lambda caught, frame: received.append(caught))
                 on_exit.callback(signal.signal, number, before)
+    print("Ctrl-C finishes the step at hand and saves; Ctrl-\\ quits at once")
     return received
 
 
@@ -943,7 +894,7 @@ def clip_gradient(optimizer, max_norm):
 
 def rehearse(model, optimizer, pairs, checked, loss_fn, config):
     """Run now what would fail hours later: the checked pair as the run computes it, and gradients
-    of the micro-batches with most tokens and most response tokens. UserError if one fails."""
+    of the micro-batches with most tokens and most response tokens. UserError where one is wrong."""
     pair, exact = checked
     tokens = np.array([pair_tokens(pair, config.plain_rows) for pair in pairs])
     responses = np.array([len(pair.chosen) + len(pair.rejected) for pair in pairs])
@@ -953,14 +904,13 @@ def rehearse(model, optimizer, pairs, checked, loss_fn, config):
     try:
         with torch.no_grad():
             found = torch.cat(pair_logps(model, [pair], config.plain_rows, config.device)).cpu()
-        bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # ten times what rounding does
+        bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # at least ten times the rounding
         if not (found - exact).abs().max() < bound * max(1.0, exact.abs().max()):  # or NaN
             raise FloatingPointError(f"log-probabilities {found.tolist()}, not {exact.tolist()}")
         run_pairs(model, pairs, indices, loss_fn, config, training=True)
         clip_gradient(optimizer, config.max_grad_norm)  # raises where it is not finite
-    except (FloatingPointError, torch.OutOfMemoryError) as error:
-        remedy = "lower --alpha or --micro-tokens, or choose --dtype float32"
-        raise UserError(f"rehearsal: {error}; {remedy}") from error
+    except FloatingPointError as error:
+        raise UserError(f"rehearsal: {error}; lower --alpha or choose --dtype float32") from error
     optimizer.zero_grad()
 
 
@@ -972,8 +922,8 @@ def write_metrics(config, step, metrics):
 
 
 def evaluate(model, pairs, loss_fn, config, step):
-    """The METRICS of held-out pairs, named eval_ and written too. FSDP may keep what it gathered
-    until the next backward pass; no weights change before one."""
+    """The METRICS of held-out pairs, named eval_ and written too. FSDP may keep what it gathers
+    until the next backward pass, which does no harm, because weights change only after one."""
     means = run_pairs(model, pairs, range(len(pairs)), loss_fn, config) if pairs else {}
     means = {f"eval_{key}": value for key, value in means.items()}
     write_metrics(config, step, means)
@@ -986,10 +936,9 @@ def save_model(model, tokenizer, summary, out):
     model.to(torch.bfloat16)
     options = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = state_dicts.get_model_state_dict(model, options=options)  # of the first process only
-    # each tensor once, though a tied one has two names
-    once = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     if RANK == 0:
-        weights = {name: weights[name] for name in once if name in weights}
+        for name in model.all_tied_weights_keys:  # a tensor of two names is written once
+            weights.pop(name, None)
         model.save_pretrained(out, state_dict=weights)
         tokenizer.save_pretrained(out)
         for path in out.glob("*.safetensors"):  # safetensors lets only the owner read them
@@ -1011,29 +960,29 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
     later where a checkpoint cannot be, or after a signal, once all is saved; FloatingPointError
     where a loss or gradient is not finite."""
     config = resolve(config)
-    out, knobs = Path(config.out), (config.alpha, config.beta, config.gamma)
-    loss_fn = loss_fn or (lambda chosen, rejected, *_: alphapo_loss(chosen, rejected, *knobs))
+    out, shape = Path(config.out), (config.alpha, config.beta, config.gamma)
+    loss_fn = loss_fn or (lambda chosen, rejected, *_: alphapo_loss(chosen, rejected, *shape))
     with contextlib.ExitStack() as on_exit:
         start_processes(config, on_exit)
         if not config.plan:
             on_first(claim, config, on_exit)
-        tokenizer, pairs, eval_pairs, notes, made_from = on_first(load_data, config)
+        tokenizer, pairs, eval_pairs, notes, rows = on_first(load_data, config)
         skeleton = make_skeleton(config.model)
-        about = skeleton.config.to_diff_dict() | dict(transformers_version=None)
-        made_from["model_config"] = digest_of(about)
         plan = on_first(make_plan, config, skeleton, pairs, eval_pairs)
         if config.plan:
             return None
         config = dataclasses.replace(config, **plan["settings"])
-        loaded = []  # what on_first returns would be sent to all; eval mode, so no layer adds noise
+        loaded = []  # as what on_first returns is sent to all; eval mode, so that no layer is noisy
         on_first(lambda: loaded.append((model or load_model(config.model)).float().eval()))
         reason, *checked = on_first(lambda: check_model(loaded[0], pairs))
         if reason:
             print(f"note: plain rows, which are slower, since shared ones are wrong here: {reason}")
-            config.plain_rows = True
+            config = dataclasses.replace(config, plain_rows=True)
         policy = shard(loaded.pop() if loaded else None, skeleton, config, plan["pin_memory"])
         optimizer, tensors = make_optimizer(policy)
         rehearse(policy, optimizer, pairs, checked, loss_fn, config)
+        about = json.loads(skeleton.config.to_json_string()) | dict(transformers_version="any")
+        made_from = dict(rows_and_tokenizer=rows, model_config=about)
         state = dict(step=0, config=dataclasses.asdict(config), made_from=made_from)
         evaluate_at = functools.partial(evaluate, policy, eval_pairs, loss_fn, config)
         if config.resume:
@@ -1047,7 +996,8 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         for step in progress:
             epoch, number = divmod(step - 1, plan["steps_per_epoch"])
             order = np.random.default_rng([config.seed, epoch]).permutation(len(pairs))
-            indices = order[number * config.batch_size :][: config.batch_size].tolist()
+            begin = number * config.batch_size
+            indices = order[begin : begin + config.batch_size].tolist()
             optimizer.param_groups[0]["lr"] = rate = learning_rate_at(step - 1, steps, config)
             start = time.perf_counter()
             try:
@@ -1058,7 +1008,8 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
                 raise FloatingPointError(f"step {step}: {error}; lower --learning-rate") from error
             optimizer.step()
             optimizer.zero_grad()
-            end, state["step"] = time.perf_counter(), step
+            end = time.perf_counter()
+            state["step"] = step
             tokens = sum(len(ids) for i in indices for ids in pairs[i][:3])
             metrics.update(learning_rate=rate, epoch=step / plan["steps_per_epoch"], tokens=tokens)
             metrics.update(pairs=len(indices), seconds=end - start, optimizer_seconds=end - middle)
@@ -1066,20 +1017,24 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             if config.eval_every and step % config.eval_every == 0 and step < steps:
                 evaluate_at(step)
-            received = torch.tensor(signals[0] if signals else 0)
-            dist.all_reduce(received, dist.ReduceOp.MAX)  # so that all stop, or none
-            if received or (config.save_every and step % config.save_every == 0):
+            stop = torch.tensor(signals[0] if signals else 0)
+            dist.all_reduce(stop, dist.ReduceOp.MAX)  # so that all processes stop, or none
+            if stop or (config.save_every and step % config.save_every == 0):
                 save_checkpoint(out, state, tensors)
-            if received:
+            if stop:
                 said = f"stopped after step {step} and saved; the same with --resume goes on"
-                raise UserError(said, 128 + received.item())
-        for param in optimizer.param_groups[0]["params"]:  # round to what is saved
+                raise UserError(said, 128 + stop.item())
+        for param in optimizer.param_groups[0]["params"]:  # evaluate what will be saved
             param.detach().copy_(param.detach().bfloat16())
+        # gathering the weights takes no more memory than training did, without these
         tensors.clear()
-        optimizer.state.clear()  # so that saving takes no more memory than training
+        optimizer.state.clear()
         state.update(after=evaluate_at(steps), plan=plan, notes=notes, processes=WORLD_SIZE)
         state.update(pairs=len(pairs), eval_pairs=len(eval_pairs), torch=torch.__version__)
-        state.update(transformers=transformers.__version__, peak_memory_gib=peak_memory(config))
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = torch.cuda.max_memory_allocated() if config.device == "cuda" else peak
+        state.update(transformers=transformers.__version__, peak_memory_gib=peak / GIB)
         save_model(policy, tokenizer, state, out)
         return state if RANK == 0 else None
 
@@ -1087,9 +1042,8 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
 # ------------------------------------------------------------------------------------ report
 def read_log(run):
     """The metrics of a run's steps, and of its evaluations."""
-    log = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    steps = [metrics for metrics in log if "loss" in metrics]
-    return steps, [metrics for metrics in log if "eval_loss" in metrics]
+    log = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    return [m for m in log if "loss" in m], [m for m in log if "eval_loss" in m]
 
 
 def report(summary):
@@ -1119,7 +1073,7 @@ def report(summary):
 
 # ------------------------------------------------------------------------------------ command line
 def fail(message, status=2):
-    if RANK == 0 or status == 1:  # all processes find a mistake, but a failure may be of one
+    if RANK == 0 or status == 1:  # all processes find a mistake (2), but a failure may be of one
         print(f"alphapo: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -1133,6 +1087,7 @@ def parse_arguments(argv):
     for field in dataclasses.fields(Config):
         spellings = dict.fromkeys(["--" + field.name.replace("_", "-"), "--" + field.name])
         default = "" if field.default is None else f" (default: {field.default})"
+        # --plan alone is --plan true
         switch = dict(nargs="?", const=True) if "bool" in str(field.type) else {}
         parser.add_argument(*spellings, help=field.metadata["help"] + default, **switch)
     given = vars(parser.parse_args(argv))
