@@ -31,6 +31,7 @@ import signal
 import sys
 import time
 from collections import Counter, namedtuple
+from datetime import timedelta
 from pathlib import Path
 
 # torch reads both when it is imported; the second, large pages, is worth 5 % of a CPU's time
@@ -84,7 +85,7 @@ def alphapo_loss(chosen_logps, rejected_logps, alpha, beta, gamma):
 
 
 # -------------------------------------------------------------------- rows and log-probabilities
-# token ids of a preference pair, int32 arrays, and where it was read (FILE:LINE)
+# token ids of a preference pair, int32 arrays, and where it was read (NAME:NUMBER)
 Pair = namedtuple("Pair", "prompt chosen rejected place", defaults=[""])
 
 
@@ -101,7 +102,7 @@ def make_rows(pairs, plain_rows=False, device="cpu"):
         shared: [prompt[:-1] | prompt[-1], chosen[:-1] | prompt[-1], rejected[:-1]]
         plain:  [prompt[:-1] | prompt[-1], chosen[:-1]] and the same with rejected
 
-    Returns input_ids, position_ids, segments (-1 is padding), (rows, width) each, and targets
+    Returns input_ids, position_ids, segments (padding has 0), (rows, width) each, and targets
     (response tokens,): what the tokens of segments 1 and 2 predict, in the order of the rows."""
     rows = []  # (3, tokens) each: ids, positions, segments
     for prompt, chosen, rejected, _ in pairs:
@@ -114,25 +115,23 @@ def make_rows(pairs, plain_rows=False, device="cpu"):
     # on CUDA, attention copies a mask whose width is no multiple of 8
     width = math.ceil(max(row.shape[1] for row in rows) / 8) * 8
     table = np.zeros((3, len(rows), width), np.int64)
-    table[2] = -1
     for number, row in enumerate(rows):
         table[:, number, : row.shape[1]] = row
-    responses = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
-    targets = np.concatenate(responses).astype(np.int64)
-    return [torch.from_numpy(x).to(device) for x in (*table, targets)]
+    targets = np.concatenate([ids for pair in pairs for ids in (pair.chosen, pair.rejected)])
+    return [torch.from_numpy(x).to(device) for x in (*table, targets.astype(np.int64))]
 
 
 def attention_masks(config, position_ids, segments, dtype):
     """Masks of shared rows, (rows, 1, width, width): one, or a dict with one for each kind of layer
     that the model's config names. A token sees the prompt and its own response, up to itself and
-    within the layer's window, which counts positions. KeyError where a layer is not attention."""
+    within the layer's window, which counts positions. KeyError where a layer is of a third kind."""
     query, key = segments[:, :, None], segments[:, None, :]
     seen = ((key == query) | (key == 0)).tril()
     distance = position_ids[:, :, None] - position_ids[:, None, :]
     window = getattr(config, "sliding_window", None) or math.inf
     windows = {"full_attention": math.inf, "sliding_attention": window}
     kinds = getattr(config, "layer_types", None)
-    # additive, as eager attention adds it; float32's lowest would be -inf once FSDP casts it: NaN
+    # additive, as eager attention adds it, and finite also where FSDP casts it to bfloat16
     lowest, masks = torch.finfo(torch.bfloat16).min, {}
     for kind in set(kinds or ["sliding_attention"]):  # without kinds, all layers are as Mistral's
         hidden = ~seen | (distance >= windows[kind])
@@ -150,8 +149,8 @@ def pair_logps(model, pairs, plain_rows=False, device="cpu"):
         inputs.update(position_ids=position_ids, attention_mask=masks)
     logits = model(input_ids, **inputs).logits.float()  # (response tokens, vocabulary)
     logps = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    responses = logps.split([len(ids) for p in pairs for ids in (p.chosen, p.rejected)])
-    means = torch.stack([response.mean() for response in responses])
+    lengths = [len(ids) for pair in pairs for ids in (pair.chosen, pair.rejected)]
+    means = torch.stack([response.mean() for response in logps.split(lengths)])
     return means[0::2], means[1::2]
 
 
@@ -180,7 +179,7 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
     order = sorted(range(len(indices)), key=tokens.__getitem__, reverse=True)
     shares = [order[rank::WORLD_SIZE] for rank in range(WORLD_SIZE)]
     splits = [micro_batches(share, tokens, config.micro_tokens) for share in shares]
-    passes = max(map(len, splits))  # of every process, because in each FSDP waits for all of them
+    passes = max(map(len, splits))  # as many in each process, because FSDP waits for all of them
     table = torch.zeros(len(METRICS), len(indices), dtype=torch.float64, device=config.device)
     for number in range(passes):
         idle = number >= len(splits[RANK])  # then any pair, times zero, as other processes go on
@@ -195,8 +194,7 @@ def run_pairs(model, pairs, indices, loss_fn, config, training=False):
         if training:
             (losses.sum() * (not idle) / len(indices)).backward()
         margins = chosen_rewards - rejected_rewards
-        # in the order of METRICS
-        values = losses, chosen_rewards, rejected_rewards, margins, margins > 0, *logps
+        values = losses, chosen_rewards, rejected_rewards, margins, margins > 0, *logps  # METRICS
         if not idle:
             table[:, columns] = torch.stack([value.detach().double() for value in values])
     if WORLD_SIZE > 1:  # one GPU needs no communicator, which takes memory
@@ -289,13 +287,13 @@ def resolve(config: Config) -> Config:
         if value is None and field.default is None:
             continue
         kind = getattr(field.type, "__args__", [field.type])[0]  # int of int | None
-        words = ("true", "false") if kind is bool else allowed if kind is str else ()
+        words = {bool: ("true", "false"), str: allowed}.get(kind, ())
         with user_error(f"--{field.name.replace('_', '-')} {value}", "see --help"):
             text = str(value).lower() if words else str(value)
             text.encode()  # a name that is not UTF-8 would fail when the model is saved
             if words and text not in words:
                 raise ValueError(f"not {' or '.join(words)}")
-            value = text == "true" if kind is bool else kind(text)
+            value = (text == "true") if kind is bool else kind(text)
             if kind in (int, float) and not allowed[0] <= value <= allowed[1]:
                 raise ValueError(f"not from {allowed[0]:g} to {allowed[1]:g}")
             setattr(config, field.name, value)
@@ -313,9 +311,8 @@ def resolve(config: Config) -> Config:
 # ------------------------------------------------------------------------------------ pairs
 MEDIA = "image", "images", "video", "videos", "audio"  # a text model sees nothing of these
 BEYOND_TEXT = "tool_calls", "function_call", "reasoning_content", "thinking", *MEDIA
-# columns that may hold a part of the prompt
 PROMPTS = "prompt", "system", "system_prompt", "question", "instruction", "input", "query"
-PROMPTS += "problem", "context", "history", "messages", "conversations"
+PROMPTS += "problem", "context", "history", "messages", "conversations"  # columns of a prompt
 MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:.*\]\s*", re.S)
 ROLES = "system", "developer", "user", "assistant", "tool"
 # sets of token ids: those at which the model stops, and these with all special ones
@@ -385,14 +382,13 @@ def parse_example(example):
     roles = [[role for role, _ in side] for side in rest]
     if not prompt or prompt[-1]["role"] == "assistant" or roles != [["assistant"]] * 2:
         raise UserError(f"needs one prompt, then one assistant message each; responses are {roles}")
-    there = [*prompt, *chosen, *rejected, *(message["content"] for message in prompt)]
+    present = [*prompt, *chosen, *rejected, *(message["content"] for message in prompt)]
     for name in sorted(asked):
         parts = example[name] if isinstance(example[name], list) else [example[name]]
-        if not all(part in there for part in parts):
+        if not all(part in present for part in parts):
             raise UserError(f"{name!r} would be lost: make it a message of the prompt, or drop it")
-    options = example.get("chat_template_kwargs") or {}
-    # Parquet fills in None
-    options = {key: value for key, value in options.items() if value is not None}
+    given = example.get("chat_template_kwargs") or {}  # Parquet fills in None
+    options = {key: value for key, value in given.items() if value is not None}
     if tools := example.get("tools"):
         options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
     return prompt, chosen[-1], rejected[-1], options
@@ -405,9 +401,9 @@ def common_prefix(*sequences):
 
 
 def render(tokenizer, prompt, responses, options):
-    """Text of the prompt, texts of prompt and response, and what follows a response in them.
-    Templates move or drop a part of the prompt once a response follows, drop a part of a response,
-    or write a header behind it: UserError shows what is lost. The text of a special token in a
+    """Text of the prompt, texts of prompt and response, and what follows a response in them, as the
+    next header in some templates. Others move or drop a part of the prompt once a response follows,
+    or drop a part of a response: UserError shows what is lost. The text of a special token in a
     message becomes that token, as it does at inference."""
     if not tokenizer.chat_template:
         raise UserError("the tokenizer of --model has no chat template: pass texts, or give it one")
@@ -422,13 +418,12 @@ def render(tokenizer, prompt, responses, options):
         text = bare(message["content"])
         if text not in rest:
             lost.append(message["content"])
-        rest = rest[rest.find(text) + len(text) :]
+        rest = rest[rest.find(text) + len(text) :]  # after a loss, anything: the first is shown
     if options.get("tools") and begin == template(prompt, add_generation_prompt=True, tools=None):
         lost.append("tools")
     for text, response in zip(whole, responses):
-        start = len(begin.rstrip())
-        answer = bare(text[start:].removesuffix(after))
-        if text[:start] != begin[:start]:
+        answer = bare(text.removeprefix(begin.rstrip()).removesuffix(after))
+        if not text.startswith(begin.rstrip()):
             lost.append(begin[common_prefix(begin, text) :])
         elif not text.endswith(after) or not answer.endswith(bare(response["content"])):
             lost.append(response["content"])
@@ -440,7 +435,7 @@ def render(tokenizer, prompt, responses, options):
 def tokenize(tokenizer, endings, text, after):
     """Token ids of prompt and response up to the end of its turn: the first token after the
     response at which the model stops, else the first special one, else EOS, if there is one.
-    after: the text behind the response, or None in a text, which may hold that end itself."""
+    after: the text behind the response, or None for a row of texts, which may hold that end."""
     ids = kept = tokenizer.encode(text, add_special_tokens=False)
     if after is not None:
         kept = tokenizer.encode(text.removesuffix(after), add_special_tokens=False)
@@ -457,8 +452,7 @@ def tokenize(tokenizer, endings, text, after):
 def encode(example, tokenizer, endings, config, notes):
     """Token ids (prompt, chosen, rejected) of a row, int32, or None where it cannot teach. Prompt
     and response are tokenized together, because tokenizers merge across the boundary. Where a pair
-    is too long, the prompt loses its beginning, then the responses lose their ends. notes: counts
-    all this."""
+    is too long, the prompt loses its beginning, then responses their ends. notes: counts this."""
     prompt, *responses, options = parse_example(example)
     if isinstance(prompt, list):
         begin, texts, after = render(tokenizer, prompt, responses, options)
@@ -474,7 +468,7 @@ def encode(example, tokenizer, endings, config, notes):
     split = min(common_prefix(*encoded), len(encoded[0]) - 1, len(encoded[1]) - 1)
     prompt, chosen, rejected = encoded[0][:split], encoded[0][split:], encoded[1][split:]
     words = [[i for i in ids if i not in endings.special] for ids in (chosen, rejected)]
-    responses += map(tokenizer.decode, words)  # of texts without a prompt, what is not in common
+    responses += map(tokenizer.decode, words)  # without a prompt, a text is more than its response
     if not prompt or not all(map(str.strip, responses)):
         notes["pairs dropped, because the prompt or a response is empty"] += 1
         return None
@@ -508,8 +502,7 @@ def load_pairs(name, tokenizer, endings, config, notes, digest):
                 if ids := encode(example, tokenizer, endings, config, notes):
                     pairs.append(Pair(*ids, place))
             except Exception as error:  # ours, or of JSON, of a template, or what nobody foresaw
-                known = isinstance(error, UserError)
-                reason = str(error) if known else f"not understood: {error!r:.200}"
+                reason = str(error) if isinstance(error, UserError) else f"not read: {error!r:.200}"
                 refused.setdefault(reason, []).append(place)
     if refused:
         lines = [f"{places[0]}: {reason} ({len(places)})" for reason, places in refused.items()]
@@ -523,7 +516,7 @@ def load_data(config):
     """(tokenizer, pairs to train on, held-out pairs, notes, SHA-256 of what made these pairs)."""
     tokenizer = load_pretrained(transformers.AutoTokenizer, config.model)
     stops = {tokenizer.eos_token_id}
-    with contextlib.suppress(OSError, ValueError, TypeError):  # few models lack this file
+    with contextlib.suppress(OSError, ValueError, TypeError):  # without this file, EOS is all
         eos = transformers.GenerationConfig.from_pretrained(config.model).eos_token_id
         stops.update(eos if isinstance(eos, list) else [eos])
     stops.discard(None)
@@ -558,8 +551,7 @@ def make_skeleton(name):
 
 
 def load_model(name):
-    """The model in float32 on the CPU. UserError where files and config disagree, for transformers
-    makes up the weights that are missing."""
+    """The model in float32 on the CPU, or UserError, as transformers makes up missing weights."""
     if Path(name, "adapter_config.json").exists():
         raise UserError(f"--model {name}: holds an adapter beside its weights; merge or remove it")
     options = dict(dtype=torch.float32, use_safetensors=True)
@@ -604,6 +596,21 @@ def layers_of(model):
     return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=[])
 
 
+def on_first(function, *arguments):
+    """Call a function on the first process, and give its result, or what it raises, to all."""
+    outcome = [None, None]  # a result and an error
+    if RANK == 0:
+        try:
+            outcome[0] = function(*arguments)
+        except Exception as error:
+            outcome[1] = error
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+    if outcome[1]:
+        raise outcome[1]
+    return outcome[0]
+
+
 def shard(whole, skeleton, config, pin_memory):
     """The model to train. FSDP2 keeps float32 weights and gradients and computes in config.dtype;
     one process in float32 on a CPU needs no engine. whole: the loaded model on the first process,
@@ -620,7 +627,7 @@ def shard(whole, skeleton, config, pin_memory):
     options = dict(mesh=dist.init_device_mesh(config.device, (WORLD_SIZE,)), mp_policy=dtypes)
     if on_host:
         options.update(offload_policy=CPUOffloadPolicy(pin_memory=pin_memory))
-    options["reshard_after_forward"] = False if config.offload == "keep" else None  # layers alone
+    options["reshard_after_forward"] = False if config.offload == "keep" else None  # all but root
     for module in [*layers_of(model), model]:
         fully_shard(module, **options)
         module.set_gradient_divide_factor(1.0)  # a sum, as each loss is divided by all pairs
@@ -630,10 +637,8 @@ def shard(whole, skeleton, config, pin_memory):
         weights = whole.state_dict() if whole else {}
         how = state_dicts.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         state_dicts.set_model_state_dict(model, weights, options=how)
-        # rotary tables are in no state dict, and the skeleton's generation config is made up
-        sent = [(dict(whole.named_buffers()), whole.generation_config) if whole else None]
-        dist.broadcast_object_list(sent, device=torch.device("cpu"))
-        buffers, model.generation_config = sent[0]
+        model.generation_config = on_first(lambda: whole.generation_config)  # ours is made up
+        buffers = on_first(lambda: dict(whole.named_buffers()))  # rotary tables, in no state dict
         for name, buffer in model.named_buffers():
             buffer.data = buffers[name].to(config.device)
     return model
@@ -665,64 +670,63 @@ def free_memory(device):
 
 
 def activation_memory(model, config, pairs):
-    """GiB that a micro-batch takes beside the weights, at most. An estimate, fitted to what layers
-    of Llama, Mistral and Gemma-2 keep for the backward pass."""
-    text, item = model.config.get_text_config(), 2 if config.dtype == "bfloat16" else 4
-    rows = [pair_tokens(pair, config.plain_rows) for pair in pairs]
-    tokens = min(max(config.micro_tokens, max(rows)), config.batch_size * max(rows))
-    responses = max((len(p.chosen) + len(p.rejected)) / row for p, row in zip(pairs, rows))
+    """GiB of a micro-batch beside the weights, at most, fitted to Llama, Mistral and Gemma-2."""
+    text, item = model.config.get_text_config(), getattr(torch, config.dtype).itemsize
+    sizes = [pair_tokens(pair, config.plain_rows) for pair in pairs]
+    longest = max(sizes)
+    tokens = min(max(config.micro_tokens, longest), config.batch_size * longest)
+    share = max((len(p.chosen) + len(p.rejected)) / size for p, size in zip(pairs, sizes))
     hidden = text.hidden_size
     inner = int(np.max(getattr(text, "intermediate_size", None) or 4 * hidden))  # or one a layer
     layer = item * (16 * hidden + 4 * inner)  # bytes a token
     if getattr(text, "attn_logit_softcapping", None):  # then scores of every head are kept
-        layer += 12 * max(rows) // (1 + config.plain_rows) * text.num_attention_heads
+        layer += 12 * longest // (1 + config.plain_rows) * text.num_attention_heads
     kept = text.num_hidden_layers * (item * hidden if config.gradient_checkpointing else layer)
-    logits = 12 * responses * text.vocab_size + 4 * item * hidden
-    masks = 0 if config.plain_rows else 3 * item * max(rows)
-    # a layer's backward pass takes a fifth more than it kept
-    return tokens * (kept + max(1.2 * layer, logits) + masks) / GIB
+    logits = 12 * share * text.vocab_size + 4 * item * hidden
+    masks = 0 if config.plain_rows else 3 * item * longest
+    return tokens * (kept + max(1.2 * layer, logits) + masks) / GIB  # 1.2: in its backward pass
 
 
-def find_place(config, model, pairs):
+def find_settings(config, model, pairs):
     """The first settings with which a run fits this machine, or the last, and what it takes (GiB).
     A parameter takes 16 bytes in float32 (weight, gradient, two moments) over all processes. The
     device also holds the copies to compute with, and with "keep" the sums of gradients; with
     "layers", three layers at a time. Pinned memory comes in blocks of powers of two."""
-    on_gpu, item = config.device == "cuda", 2 if config.dtype == "bfloat16" else 4
-    count = model.num_parameters() / GIB  # GiB, times the bytes of each
+    on_gpu, item = config.device == "cuda", getattr(torch, config.dtype).itemsize
+    unit = model.num_parameters() / GIB  # GiB of a byte for each parameter
     absent = sum(p.numel() for layer in layers_of(model)[:-3] for p in layer.parameters()) / GIB
     weights = {  # GiB of the device
-        "false": 16 * count / WORLD_SIZE + (2 * count if item == 2 else 0),
-        "keep": (item + 4) * count,
-        "layers": 12 * (count - absent),  # weight, copy and gradient of all that is there
+        "false": 16 * unit / WORLD_SIZE + (2 * unit if item == 2 else 0),
+        "keep": (item + 4) * unit,
+        "layers": 12 * (unit - absent),  # weight, copy and gradient of all that is there
     }
-    auto = ["false", "keep", "layers"] if on_gpu else ["false"]
-    wanted = dict(auto=auto, true=["keep", "layers"]).get(config.offload, [config.offload])
+    groups = {"auto": list(weights) if on_gpu else ["false"], "true": ["keep", "layers"]}
+    wanted = groups.get(config.offload, [config.offload])
     # logits of 2 GiB at most; a CPU is no faster with more than 384 tokens
     most = 2**29 // model.config.get_text_config().vocab_size if on_gpu else 384
+    recomputes = [x for x in (False, True) if config.gradient_checkpointing in (None, x)]
     # on an H100, a 7B step of 4096 tokens without recomputing beats one of 8192 with it by 12 %
-    fast = [(False, min(4096, most)), (True, min(8192, most))]
+    fast = [(recompute, min(8192 if recompute else 4096, most)) for recompute in recomputes]
     # layer by layer, every micro-batch moves all weights, so it is as large as memory allows
-    large = [(recompute, 2**n) for n in range(15, 8, -1) for recompute in (False, True)]
+    large = [(recompute, 2**n) for n in range(15, 8, -1) for recompute in recomputes]
     ways = [(where, *way) for where in wanted for way in (large if where == "layers" else fast)]
-    for offload, recompute, tokens in ways:
-        if config.gradient_checkpointing not in (None, recompute):
-            continue
+    for offload, recompute, tokens in ways:  # until one fits
         settings = dict(offload=offload, gradient_checkpointing=recompute)
         settings["micro_tokens"] = config.micro_tokens or tokens
         tried = dataclasses.replace(config, **settings)
-        memory = {config.device: weights[offload] + activation_memory(model, tried, pairs)}
-        offloaded = 0 if offload == "false" else 16 * count / WORLD_SIZE
-        each = 0.5 + offloaded + memory.get("cpu", 0)  # Python takes half of one
-        memory["cpu"] = max(LOCAL_WORLD_SIZE * each, 6 * count)  # 6: to load in float32, and save
-        fits = all(gib < free_memory(device) for device, gib in memory.items())
-        if fits:
+        on_device = weights[offload] + activation_memory(model, tried, pairs)
+        on_host = 0.5 + (0 if offload == "false" else 16 * unit / WORLD_SIZE)  # 0.5: Python
+        on_host += 0 if on_gpu else on_device
+        # the first process takes 4 bytes a parameter as it loads, and 6 as it saves
+        memory = {config.device: on_device, "cpu": max(LOCAL_WORLD_SIZE * on_host, 6 * unit)}
+        if fits := all(gib < free_memory(device) for device, gib in memory.items()):
             break
     sizes = [4 * p.numel() / WORLD_SIZE for p in model.parameters()]
     more = 2 * sum(2 ** math.ceil(math.log2(size)) - size for size in sizes) / GIB
     pinned = memory["cpu"] + LOCAL_WORLD_SIZE * more  # weights and gradients, each in a block
     pin_memory = on_gpu and offload != "false" and pinned < free_memory("cpu")
-    memory["cpu"] = pinned if pin_memory else memory["cpu"]
+    if pin_memory:
+        memory["cpu"] = pinned
     return dict(settings=settings, memory=memory, fits=fits, pin_memory=pin_memory)
 
 
@@ -733,7 +737,7 @@ def make_plan(config, model, pairs, eval_pairs):
     longest = max(pair_tokens(pair, plain_rows=True) // 2 for pair in everything)
     limit = getattr(text, "max_position_embeddings", None) or math.inf
     if math.ceil(longest / 8) * 8 > limit:  # as rows are padded
-        raise UserError(f"--max-length {limit // 8 * 8}: needed, as no more positions exist")
+        raise UserError(f"--max-length {limit // 8 * 8} at most: the model has no more positions")
     if max(np.concatenate(pair[:3]).max() for pair in everything) >= text.vocab_size:
         raise UserError(f"--model {config.model}: the tokenizer has ids beyond the embedding")
     steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
@@ -743,7 +747,7 @@ def make_plan(config, model, pairs, eval_pairs):
     disk = (2 + (36 if config.save_every else 12)) * count / GIB
     out = Path(config.out).absolute()
     room = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / GIB
-    plan = find_place(config, model, everything)
+    plan = find_settings(config, model, everything)
     ratio = config.gamma / config.beta
     print(f"alpha {config.alpha:g}, beta {config.beta:g}, gamma {config.gamma:g} (/beta {ratio:g})")
     print(f"{count / 1e6:,.1f} M parameters in {config.dtype} on {WORLD_SIZE} x {config.device}")
@@ -759,7 +763,7 @@ def make_plan(config, model, pairs, eval_pairs):
 
 
 # ------------------------------------------------------------------------------------ checkpoints
-# what may be another when a run is resumed: rows are compared themselves, wherever they are
+# settings that may change when a run is resumed; rows are compared themselves, not their files
 MAY_CHANGE = ["data", "eval_data", "out", "learning_rate", "device", "offload", "micro_tokens"]
 MAY_CHANGE += ["gradient_checkpointing", "eval_every", "save_every", "resume"]
 
@@ -767,18 +771,18 @@ MAY_CHANGE += ["gradient_checkpointing", "eval_every", "save_every", "resume"]
 def checkpoints(out):
     """The folders checkpoint-STEP in out, newest first, also where a step has seven digits."""
     folders = Path(out).glob("checkpoint-*[0-9]")
-    return sorted(folders, key=lambda path: (len(path.name), path.name), reverse=True)
+    return sorted(folders, key=lambda path: (len(path.name), path), reverse=True)
 
 
 def claim(config, on_exit):
     """Make --out, and lock it for the run. UserError if it holds more than a run to resume."""
     out = Path(config.out)
-    with user_error(f"--out {out}", "another run may be writing there; pass another --out"):
+    with user_error(f"--out {out}: not taken", "pass another, as another run may be writing there"):
         if not out.exists():
             out.mkdir(parents=True)
             # a run that writes nothing leaves no folder, so that the same command works again
             on_exit.callback(lambda: None if os.listdir(out) else out.rmdir())
-        lock = os.open(out, os.O_RDONLY)
+        lock = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
         on_exit.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if config.resume and (not checkpoints(out) or (out / "summary.json").exists()):
@@ -795,9 +799,9 @@ def load_checkpoint(config, state, tensors):
     remedy = "pass what its run was passed, restore its files, or resume from the one before"
     with user_error(f"{folder}: not loaded", remedy):
         saved = json.loads((folder / "state.json").read_text())
-        before = saved["config"] | saved["made_from"]
+        known = saved["config"] | saved["made_from"]
         for name, value in (state["config"] | state["made_from"]).items():
-            old = before.get(name, value)  # a checkpoint may be older than a setting
+            old = known.get(name, value)  # a checkpoint may be older than a setting
             if old != value and name not in MAY_CHANGE:
                 raise ValueError(f"{name} is {value!s:.60}, and was {old!s:.60} in that run")
         named = {f"{saved['step']}.{name}": tensor for name, tensor in tensors.items()}
@@ -848,23 +852,9 @@ def start_processes(config, on_exit):
     if not dist.is_initialized():
         alone = {} if TORCHRUN else dict(store=dist.HashStore(), rank=0, world_size=1)
         backend = "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo"
-        dist.init_process_group(backend, **alone)
+        # all wait while the first downloads a model
+        dist.init_process_group(backend, timeout=timedelta(days=1), **alone)
         on_exit.callback(dist.destroy_process_group)
-
-
-def on_first(function, *arguments):
-    """Call a function on the first process, and give its result, or what it raises, to all."""
-    outcome = [None, None]  # a result and an error
-    if RANK == 0:
-        try:
-            outcome[0] = function(*arguments)
-        except Exception as error:
-            outcome[1] = error
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
-    if outcome[1]:
-        raise outcome[1]
-    return outcome[0]
 
 
 def catch_signals(on_exit):
@@ -895,15 +885,17 @@ def clip_gradient(optimizer, max_norm):
 def rehearse(model, optimizer, pairs, checked, loss_fn, config):
     """Run now what would fail hours later: the checked pair as the run computes it, and gradients
     of the micro-batches with most tokens and most response tokens. UserError where one is wrong."""
-    pair, exact = checked
+    probe, exact = checked
     tokens = np.array([pair_tokens(pair, config.plain_rows) for pair in pairs])
-    responses = np.array([len(pair.chosen) + len(pair.rejected) for pair in pairs])
+    answers = np.array([len(pair.chosen) + len(pair.rejected) for pair in pairs])
     copies = np.clip(config.micro_tokens // tokens, 1, min(config.batch_size, len(pairs)))
-    largest = (copies * tokens).argmax(), (copies * responses).argmax()
+    largest = (copies * tokens).argmax(), (copies * answers).argmax()
     indices = [i for i in largest for _ in range(copies[i] * WORLD_SIZE)]
+    # copies of both in one micro-batch would be more than a step has
+    config = dataclasses.replace(config, micro_tokens=int((copies * tokens).max()))
     try:
         with torch.no_grad():
-            found = torch.cat(pair_logps(model, [pair], config.plain_rows, config.device)).cpu()
+            found = torch.cat(pair_logps(model, [probe], config.plain_rows, config.device)).cpu()
         bound = 0.05 if config.dtype == "bfloat16" else 1e-3  # at least ten times the rounding
         if not (found - exact).abs().max() < bound * max(1.0, exact.abs().max()):  # or NaN
             raise FloatingPointError(f"log-probabilities {found.tolist()}, not {exact.tolist()}")
@@ -960,19 +952,19 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
     later where a checkpoint cannot be, or after a signal, once all is saved; FloatingPointError
     where a loss or gradient is not finite."""
     config = resolve(config)
-    out, shape = Path(config.out), (config.alpha, config.beta, config.gamma)
-    loss_fn = loss_fn or (lambda chosen, rejected, *_: alphapo_loss(chosen, rejected, *shape))
+    out, constants = Path(config.out), (config.alpha, config.beta, config.gamma)
+    loss_fn = loss_fn or (lambda chosen, rejected, *_: alphapo_loss(chosen, rejected, *constants))
     with contextlib.ExitStack() as on_exit:
         start_processes(config, on_exit)
         if not config.plan:
             on_first(claim, config, on_exit)
-        tokenizer, pairs, eval_pairs, notes, rows = on_first(load_data, config)
+        tokenizer, pairs, eval_pairs, notes, digest = on_first(load_data, config)
         skeleton = make_skeleton(config.model)
         plan = on_first(make_plan, config, skeleton, pairs, eval_pairs)
         if config.plan:
             return None
         config = dataclasses.replace(config, **plan["settings"])
-        loaded = []  # as what on_first returns is sent to all; eval mode, so that no layer is noisy
+        loaded = []  # not returned, as what on_first returns is sent to all
         on_first(lambda: loaded.append((model or load_model(config.model)).float().eval()))
         reason, *checked = on_first(lambda: check_model(loaded[0], pairs))
         if reason:
@@ -981,8 +973,9 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         policy = shard(loaded.pop() if loaded else None, skeleton, config, plan["pin_memory"])
         optimizer, tensors = make_optimizer(policy)
         rehearse(policy, optimizer, pairs, checked, loss_fn, config)
+        # another version of transformers may resume
         about = json.loads(skeleton.config.to_json_string()) | dict(transformers_version="any")
-        made_from = dict(rows_and_tokenizer=rows, model_config=about)
+        made_from = dict(rows_and_tokenizer=digest, model_config=about)
         state = dict(step=0, config=dataclasses.asdict(config), made_from=made_from)
         evaluate_at = functools.partial(evaluate, policy, eval_pairs, loss_fn, config)
         if config.resume:
@@ -1029,14 +1022,15 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         # gathering the weights takes no more memory than training did, without these
         tensors.clear()
         optimizer.state.clear()
-        state.update(after=evaluate_at(steps), plan=plan, notes=notes, processes=WORLD_SIZE)
-        state.update(pairs=len(pairs), eval_pairs=len(eval_pairs), torch=torch.__version__)
+        summary = state | dict(after=evaluate_at(steps), plan=plan, notes=notes)
+        summary.update(pairs=len(pairs), eval_pairs=len(eval_pairs), processes=WORLD_SIZE)
         unit = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        peak = torch.cuda.max_memory_allocated() if config.device == "cuda" else peak
-        state.update(transformers=transformers.__version__, peak_memory_gib=peak / GIB)
-        save_model(policy, tokenizer, state, out)
-        return state if RANK == 0 else None
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = torch.cuda.max_memory_allocated() if config.device == "cuda" else resident
+        summary.update(peak_memory_gib=peak / GIB, torch=torch.__version__)
+        summary.update(transformers=transformers.__version__)
+        save_model(policy, tokenizer, summary, out)
+        return summary if RANK == 0 else None
 
 
 # ------------------------------------------------------------------------------------ report
@@ -1073,7 +1067,7 @@ def report(summary):
 
 # ------------------------------------------------------------------------------------ command line
 def fail(message, status=2):
-    if RANK == 0 or status == 1:  # all processes find a mistake (2), but a failure may be of one
+    if RANK == 0 or status == 1:  # 2 is found by all processes, and 1 perhaps by one of the others
         print(f"alphapo: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 

@@ -182,7 +182,7 @@ def test_a_pair_is_one_row_in_which_the_last_token_of_the_prompt_stands_twice():
     input_ids, position_ids, segments, targets = alphapo.make_rows([pair])
     assert input_ids.tolist() == [[11, 12, 13, 21, 13, 31, 32, 0]]  # padded to a multiple of 8
     assert position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0]]
-    assert segments.tolist() == [[0, 0, 1, 1, 2, 2, 2, -1]]
+    assert segments.tolist() == [[0, 0, 1, 1, 2, 2, 2, 0]]
     assert targets.tolist() == [21, 22, 31, 32, 33]  # what segments 1 and 2 predict
     assert [alphapo.pair_tokens(pair, plain_rows) for plain_rows in (False, True)] == [7, 2 * 5]
     masks = alphapo.attention_masks(SimpleNamespace(), position_ids, segments, torch.float32)
@@ -422,7 +422,7 @@ def test_weights_live_in_the_first_place_that_has_room(monkeypatch):
     config = alphapo.Config(device="cuda", dtype="bfloat16", gradient_checkpointing=True)
     for gpu, host, offload in (160, 64, "false"), (80, 128, "keep"), (24, 128, "layers"):  # GiB
         monkeypatch.setattr(alphapo, "free_memory", dict(cuda=gpu, cpu=host).get)
-        place = alphapo.find_place(config, mistral, random_pairs())
+        place = alphapo.find_settings(config, mistral, random_pairs())
         assert place["settings"]["offload"] == offload and place["fits"]
 
 
@@ -692,6 +692,7 @@ BAD_INPUT = [  # words of the line; bad flags, config, row, or template, which l
     ("mistral-7b-instruct", "--model mistral-7b-instuct"), ("--epochs 1.5", "--epochs 1.5"),
     ("--gama", "--gama 1"), ("--beta -2", "--beta -2"), ("adapter", "--model adapter"),
     ("safetensors", "--model pointer"), ("--out model: is not empty", "--out model"),
+    ("--out pairs.jsonl: ", "--out pairs.jsonl"),
     ("--resume: out has no", "--resume"), ("'history'", [BOTH | {"history": [BRIEF]}]),
     ("missing", dict(num_hidden_layers=5)), ("unexpected", dict(num_hidden_layers=3)),
     ("mismatched", dict(intermediate_size=392)), ("-length 16", dict(max_position_embeddings=16)),

@@ -273,14 +273,14 @@ class Run:
     def loss_fn(self, chosen, rejected, *_):
         return alphapo.alphapo_loss(chosen, rejected, 0.25, 2.5, 0.25)
 
-    def find_place(self, config):
+    def find_settings(self, config):
         """Choose where weights live. make_plan would ask for room on the disk, too."""
-        place = alphapo.find_place(config, self.skeleton, self.pairs)
+        place = alphapo.find_settings(config, self.skeleton, self.pairs)
         self.config = replace(config, **place["settings"])
         return place
 
     def set_up(self):
-        place, clock = self.find_place(self.config), Clock()  # before weights take memory
+        place, clock = self.find_settings(self.config), Clock()  # before weights take memory
         whole = random_model(self.config.model)
         clock.lap("weights")
         refused, *checked = alphapo.check_model(whole, self.pairs)
@@ -339,7 +339,7 @@ class Run:
             torch.cuda.set_per_process_memory_fraction(usable / total)
             torch.cuda.mem_get_info = lambda *_: (usable, 24 * GIB)
             config.offload = "auto"
-        place = self.find_place(config)
+        place = self.find_settings(config)
         if self.config.offload != "layers":
             raise ValueError(f"the plan is {place}, and not layers")
         for layer in alphapo.layers_of(self.model):
