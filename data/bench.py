@@ -413,7 +413,8 @@ PARTS = {  # the most wanted first, with the seconds that each may take
 
 def gpu_day(small, seconds):
     """Run each part in a process of its own, because one that is killed takes no other with it."""
-    day, clock = Day(None, small, seconds), Clock()
+    slow = 10 if small else 1  # a rehearsal measures nothing, and its machine may be busy
+    day, clock = Day(None, small, slow * seconds), Clock()
 
     def run(limit, command, *streams):
         """Exit status and lines of a process, which is killed with its own children at a limit."""
@@ -430,7 +431,7 @@ def gpu_day(small, seconds):
 
     def tests():
         command = [sys.executable, "-m", "pytest", "-q", "-k", "gpu", ROOT / "test_alphapo.py"]
-        done = run(60, command, "stdout", "stderr")
+        done = run(slow * 60, command, "stdout", "stderr")
         failed = [line[:200] for line in done["lines"] if line.startswith(("FAILED", "ERROR"))]
         return dict(status=done["status"], outcome=done["lines"][-1:], failed=failed[:12])
 
@@ -444,7 +445,7 @@ def gpu_day(small, seconds):
     day.part("the machine", lambda: dict(cores=os.cpu_count()))
     day.part("tests for a GPU", tests)
     for name, (limit, _) in PARTS.items():
-        day.part(f"end of {name}", part, name, limit)
+        day.part(f"end of {name}", part, name, slow * limit)
     clock.lap("seconds")
     report("end of the day", **clock)
 
