@@ -364,7 +364,8 @@ def parse_example(example):
         repeated = prompt and chosen.startswith(prompt) and rejected.startswith(prompt)
         start = len(prompt) if repeated and len(prompt) >= 20 else 0  # a short "a" begins "apple"
         return prompt, chosen[start:], rejected[start:], {}
-    if not isinstance(chosen, list) or not isinstance(rejected, list):
+    lists = isinstance(chosen, list) and isinstance(rejected, list)
+    if not lists or not isinstance(prompt, list | str | None):
         types = {key: type(example[key]).__name__ for key in sorted(filled)}
         raise UserError(f"needs 'chosen' and 'rejected', both texts or both lists, not {types!a}")
     if not isinstance(prompt, list):  # "Hi" with [assistant] twice, or [user, assistant] twice
@@ -490,7 +491,8 @@ def encode(example, tokenizer, endings, config, notes):
 def load_pairs(name, tokenizer, endings, config, notes, digest):
     """A list of Pair, or UserError with the reasons for which rows are refused. notes: counts what
     was dropped or cut. digest: takes in rows as they were read, as a template may add a date."""
-    pairs, refused = [], {}
+    pairs, refused, before = [], {}, notes.copy()
+    digest.update(b"file")  # a row that moves from one to the other makes another digest
     with user_error(f"{name}: not loaded", "name a .jsonl, .json or .parquet file, or a hub id"):
         for n, example in tqdm(enumerate(read_examples(name), 1), name, leave=False, disable=None):
             if example == b"":  # an empty line is no row
@@ -498,7 +500,7 @@ def load_pairs(name, tokenizer, endings, config, notes, digest):
             place = f"{name}:{n}"
             try:
                 example = json.loads(example) if isinstance(example, bytes) else example
-                digest.update(json.dumps([n, example], default=str).encode())
+                digest.update(json.dumps([example], default=str).encode())
                 if ids := encode(example, tokenizer, endings, config, notes):
                     pairs.append(Pair(*ids, place))
             except Exception as error:  # ours, or of JSON, of a template, or what nobody foresaw
@@ -508,7 +510,7 @@ def load_pairs(name, tokenizer, endings, config, notes, digest):
         lines = [f"{places[0]}: {reason} ({len(places)})" for reason, places in refused.items()]
         raise UserError("\n".join(lines[:10]))
     if not pairs:
-        raise UserError(f"{name}: has no usable pair: {dict(notes) or 'it is empty'}")
+        raise UserError(f"{name}: has no usable pair: {dict(notes - before) or 'it is empty'}")
     return pairs
 
 
@@ -557,7 +559,7 @@ def load_model(name):
     options = dict(dtype=torch.float32, use_safetensors=True)
     options.update(ignore_mismatched_sizes=True, output_loading_info=True)  # refused below
     model, report = load_pretrained(transformers.AutoModelForCausalLM, name, **options)
-    if wrong := {problem: found for problem, found in report.items() if found}:
+    if wrong := {problem: sorted(map(str, found)) for problem, found in report.items() if found}:
         raise UserError(f"--model {name}: {wrong!s:.200}; take all files of one model")
     return model
 
@@ -709,7 +711,8 @@ def find_settings(config, model, pairs):
     fast = [(recompute, min(8192 if recompute else 4096, most)) for recompute in recomputes]
     # layer by layer, every micro-batch moves all weights, so it is as large as memory allows
     large = [(recompute, 2**n) for n in range(15, 8, -1) for recompute in recomputes]
-    ways = [(where, *way) for where in wanted for way in (large if where == "layers" else fast)]
+    choices = {"false": fast, "keep": fast, "layers": large if on_gpu else fast}
+    ways = [(where, *choice) for where in wanted for choice in choices[where]]
     for offload, recompute, tokens in ways:  # until one fits
         settings = dict(offload=offload, gradient_checkpointing=recompute)
         settings["micro_tokens"] = config.micro_tokens or tokens
@@ -766,6 +769,7 @@ def make_plan(config, model, pairs, eval_pairs):
 # settings that may change when a run is resumed; rows are compared themselves, not their files
 MAY_CHANGE = ["data", "eval_data", "out", "learning_rate", "device", "offload", "micro_tokens"]
 MAY_CHANGE += ["gradient_checkpointing", "eval_every", "save_every", "resume"]
+MAY_CHANGE += ["config.json: transformers_version"]
 
 
 def checkpoints(out):
@@ -803,7 +807,7 @@ def load_checkpoint(config, state, tensors):
         for name, value in (state["config"] | state["made_from"]).items():
             old = known.get(name, value)  # a checkpoint may be older than a setting
             if old != value and name not in MAY_CHANGE:
-                raise ValueError(f"{name} is {value!s:.60}, and was {old!s:.60} in that run")
+                raise ValueError(f"{name} is {value}, and was {old} in that run")
         named = {f"{saved['step']}.{name}": tensor for name, tensor in tensors.items()}
         # it raises where a tensor is missing or has another shape
         dcp.load(named, storage_reader=dcp.HuggingFaceStorageReader(folder))
@@ -865,7 +869,7 @@ def catch_signals(on_exit):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 before = signal.signal(number, lambda caught, frame: received.append(caught))
                 on_exit.callback(signal.signal, number, before)
-    print("Ctrl-C finishes the step at hand and saves; Ctrl-\\ quits at once")
+        print("Ctrl-C finishes the step at hand and saves; Ctrl-\\ quits at once", flush=True)
     return received
 
 
@@ -950,7 +954,7 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         changed, to bfloat16 too.
     Raises UserError, before anything is written, where settings, data or model cannot be used, and
     later where a checkpoint cannot be, or after a signal, once all is saved; FloatingPointError
-    where a loss or gradient is not finite."""
+    where a loss or gradient is not finite; torch.OutOfMemoryError."""
     config = resolve(config)
     out, constants = Path(config.out), (config.alpha, config.beta, config.gamma)
     loss_fn = loss_fn or (lambda chosen, rejected, *_: alphapo_loss(chosen, rejected, *constants))
@@ -973,9 +977,9 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
         policy = shard(loaded.pop() if loaded else None, skeleton, config, plan["pin_memory"])
         optimizer, tensors = make_optimizer(policy)
         rehearse(policy, optimizer, pairs, checked, loss_fn, config)
-        # another version of transformers may resume
-        about = json.loads(skeleton.config.to_json_string()) | dict(transformers_version="any")
-        made_from = dict(rows_and_tokenizer=digest, model_config=about)
+        about = json.loads(skeleton.config.to_json_string(use_diff=False))
+        made_from = {f"config.json: {name}": value for name, value in about.items()}
+        made_from["rows_and_tokenizer"] = digest
         state = dict(step=0, config=dataclasses.asdict(config), made_from=made_from)
         evaluate_at = functools.partial(evaluate, policy, eval_pairs, loss_fn, config)
         if config.resume:
