@@ -503,6 +503,11 @@ def test_another_run_is_not_the_continuation_of_this_one_but_another_day_is(stop
 
     refused("rows", data=write_rows(EVAL[::-1]))
     refused("alpha", alpha=0.5)
+    other = alphapo.make_skeleton(TINY)
+    other.config.rms_norm_eps = 1e-5
+    with monkeypatch.context() as patch:
+        patch.setattr(alphapo, "make_skeleton", lambda name: other)
+        refused("rms_norm_eps is 1e-05, and was 1e-06")
     refused("not empty", resume=False)
     with contextlib.ExitStack() as on_exit:
         alphapo.claim(tiny_config(resume=True), on_exit)  # as another run does that is at work
