@@ -503,7 +503,7 @@ def test_another_run_is_not_the_continuation_of_this_one_but_another_day_is(stop
 
     refused("rows", data=write_rows(EVAL[::-1]))
     refused("alpha", alpha=0.5)
-    other = alphapo.make_skeleton(TINY)
+    other = alphapo.make_skeleton(stopped[0]["model"])
     other.config.rms_norm_eps = 1e-5
     with monkeypatch.context() as patch:
         patch.setattr(alphapo, "make_skeleton", lambda name: other)
