@@ -515,7 +515,7 @@ def load_pairs(name, tokenizer, endings, config, notes, digest):
 
 
 def load_data(config):
-    """(tokenizer, pairs to train on, held-out pairs, notes, SHA-256 of what made these pairs)."""
+    """(tokenizer, pairs to train on, held-out pairs, notes, SHA-256 of rows and tokenizer)."""
     tokenizer = load_pretrained(transformers.AutoTokenizer, config.model)
     stops = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError, ValueError, TypeError):  # without this file, EOS is all
@@ -553,7 +553,7 @@ def make_skeleton(name):
 
 
 def load_model(name):
-    """The model in float32 on the CPU, or UserError, as transformers makes up missing weights."""
+    """The model in float32 on the CPU. UserError where weights are missing, or would be made up."""
     if Path(name, "adapter_config.json").exists():
         raise UserError(f"--model {name}: holds an adapter beside its weights; merge or remove it")
     options = dict(dtype=torch.float32, use_safetensors=True)
@@ -800,10 +800,10 @@ def load_checkpoint(config, state, tensors):
     """Load the newest checkpoint in --out into the tensors, and return its state. state: of the run
     that would begin. UserError where that is another run, or a file is of another checkpoint."""
     folder = checkpoints(config.out)[0]
-    remedy = "pass what its run was passed, restore its files, or resume from the one before"
+    remedy = "pass what its run was passed, restore its files or libraries, or take the one before"
     with user_error(f"{folder}: not loaded", remedy):
         saved = json.loads((folder / "state.json").read_text())
-        known = saved["config"] | saved["made_from"]
+        known = dict(rows_and_tokenizer=None) | saved["config"] | saved["made_from"]
         for name, value in (state["config"] | state["made_from"]).items():
             old = known.get(name, value)  # a checkpoint may be older than a setting
             if old != value and name not in MAY_CHANGE:
@@ -856,9 +856,14 @@ def start_processes(config, on_exit):
     if not dist.is_initialized():
         alone = {} if TORCHRUN else dict(store=dist.HashStore(), rank=0, world_size=1)
         backend = "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo"
-        # all wait while the first downloads a model
-        dist.init_process_group(backend, timeout=timedelta(days=1), **alone)
-        on_exit.callback(dist.destroy_process_group)
+        # all wait while the first downloads a model, or writes it
+        dist.init_process_group(backend, timeout=timedelta(hours=3), **alone)
+
+        def leave(error, *_):  # a process that fails alone would wait here for the others
+            if error in (None, UserError):
+                dist.destroy_process_group()
+
+        on_exit.push(leave)
 
 
 def catch_signals(on_exit):
