@@ -333,7 +333,7 @@ def read_examples(name):
     if kind in (".json", ".jsonl"):  # a list of rows, or one a line, whatever the file is called
         content = Path(name).read_bytes().removeprefix(b"\xef\xbb\xbf")
         is_list = content.lstrip().startswith(b"[")
-        return json.loads(content) if is_list else map(bytes.strip, content.split(b"\n"))
+        return json.loads(content) if is_list else content.split(b"\n")
     import datasets  # here, because it takes seconds
 
     if kind == ".parquet":
@@ -354,13 +354,15 @@ def parse_example(example):
     prompt, chosen, rejected = (example.get(name) for name in ("prompt", "chosen", "rejected"))
     if lost := filled.intersection(MEDIA):
         raise UserError(f"{min(lost)!r} would be lost, as only text is trained; drop such rows")
-    if any(MESSAGES_AS_TEXT.fullmatch(x) for x in (prompt, chosen, rejected) if isinstance(x, str)):
-        raise UserError("a list of messages as text: write it as a list, in JSON lines")
+    for text in (prompt, chosen, rejected):
+        if isinstance(text, str) and MESSAGES_AS_TEXT.fullmatch(text):
+            raise UserError("a list of messages as text: write it as a list, in JSON lines")
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
         # {"prompt": "2+2=", "chosen": "4", "rejected": "5"}, or the same without a prompt
         asked |= filled.intersection(["tools", "chat_template_kwargs"])  # which need messages
-        if lost := [name for name in asked if str(example[name]) not in (prompt or "")]:
-            raise UserError(f"{min(lost)!r} would be lost: put it into the prompt, or drop it")
+        for name in sorted(asked):
+            if str(example[name]) not in (prompt or ""):
+                raise UserError(f"{name!r} would be lost: put it into the prompt, or drop it")
         repeated = prompt and chosen.startswith(prompt) and rejected.startswith(prompt)
         start = len(prompt) if repeated and len(prompt) >= 20 else 0  # a short "a" begins "apple"
         return prompt, chosen[start:], rejected[start:], {}
@@ -390,7 +392,8 @@ def parse_example(example):
             raise UserError(f"{name!r} would be lost: make it a message of the prompt, or drop it")
     given = example.get("chat_template_kwargs") or {}  # Parquet fills in None
     options = {key: value for key, value in given.items() if value is not None}
-    if tools := example.get("tools"):
+    if "tools" in filled:
+        tools = example["tools"]
         options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
     return prompt, chosen[-1], rejected[-1], options
 
@@ -444,9 +447,10 @@ def tokenize(tokenizer, endings, text, after):
         while kept and (kept[-1] in endings.special or not tokenizer.decode(kept[-1]).strip()):
             kept = kept[:-1]
     start = common_prefix(kept, ids)  # a token less than kept, where its last one merges with after
-    ends = [i for kind in endings for i in range(start, len(ids)) if ids[i] in kind]  # stops first
-    if ends:
-        return ids[: ends[0] + 1]
+    for kind in endings:  # stops first
+        for i in range(start, len(ids)):
+            if ids[i] in kind:
+                return ids[: i + 1]
     return kept if tokenizer.eos_token_id is None else [*kept, tokenizer.eos_token_id]
 
 
@@ -468,8 +472,9 @@ def encode(example, tokenizer, endings, config, notes):
         encoded = [ids if ids[:1] == bos else bos + ids for ids in encoded]
     split = min(common_prefix(*encoded), len(encoded[0]) - 1, len(encoded[1]) - 1)
     prompt, chosen, rejected = encoded[0][:split], encoded[0][split:], encoded[1][split:]
-    words = [[i for i in ids if i not in endings.special] for ids in (chosen, rejected)]
-    responses += map(tokenizer.decode, words)  # without a prompt, a text is more than its response
+    for ids in (chosen, rejected):  # for without a prompt, a text is more than its response
+        words = [i for i in ids if i not in endings.special]
+        responses.append(tokenizer.decode(words))
     if not prompt or not all(map(str.strip, responses)):
         notes["pairs dropped, because the prompt or a response is empty"] += 1
         return None
@@ -495,7 +500,7 @@ def load_pairs(name, tokenizer, endings, config, notes, digest):
     digest.update(b"file")  # a row that moves from one to the other makes another digest
     with user_error(f"{name}: not loaded", "name a .jsonl, .json or .parquet file, or a hub id"):
         for n, example in tqdm(enumerate(read_examples(name), 1), name, leave=False, disable=None):
-            if example == b"":  # an empty line is no row
+            if isinstance(example, bytes) and not example.strip():  # an empty line is no row
                 continue
             place = f"{name}:{n}"
             try:
@@ -559,8 +564,10 @@ def load_model(name):
     options = dict(dtype=torch.float32, use_safetensors=True)
     options.update(ignore_mismatched_sizes=True, output_loading_info=True)  # refused below
     model, report = load_pretrained(transformers.AutoModelForCausalLM, name, **options)
-    if wrong := {problem: sorted(map(str, found)) for problem, found in report.items() if found}:
-        raise UserError(f"--model {name}: {wrong!s:.200}; take all files of one model")
+    for problem, found in report.items():
+        if found:
+            names = ", ".join(sorted(map(str, found)))
+            raise UserError(f"--model {name}: {problem} {names:.200}; take all files of one model")
     return model
 
 
@@ -1046,7 +1053,8 @@ def train(config: Config, loss_fn=None, model=None) -> dict | None:
 def read_log(run):
     """The metrics of a run's steps, and of its evaluations."""
     log = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-    return [m for m in log if "loss" in m], [m for m in log if "eval_loss" in m]
+    steps = [metrics for metrics in log if "loss" in metrics]
+    return steps, [metrics for metrics in log if "eval_loss" in metrics]
 
 
 def report(summary):
